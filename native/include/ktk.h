@@ -1,0 +1,215 @@
+/* ktk C ABI: Mixture-of-experts layers on the CPU.
+ *
+ * Every function returns a ktk_status unless its comment says otherwise. On failure the message of
+ * the calling thread is available from ktk_last_error() until that thread's next ktk call. Nothing
+ * here prints, aborts, exits or throws. Callers own every buffer they pass in. A struct starts with
+ * `struct_size`, set by the caller to sizeof(struct), so that callers built against an older header
+ * keep working. Pointers that a comment calls "kept" must outlive the handle; all others are only
+ * read during the call.
+ *
+ * The file keeps to a regular subset of C (one declaration a statement, no macros inside
+ * declarations besides KTK_API), because the Cython and ctypes bindings are tested against it.
+ */
+#ifndef KTK_H
+#define KTK_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define KTK_API __attribute__((visibility("default")))
+#define KTK_ABI_VERSION 1
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- status ---------------------------------------------------------------------------------- */
+
+typedef enum ktk_status {
+  KTK_OK = 0,
+  KTK_ERR_ARGUMENT = 1,    /* a value the caller passed is wrong */
+  KTK_ERR_UNSUPPORTED = 2, /* this CPU or build cannot do it */
+  KTK_ERR_MEMORY = 3,      /* an allocation failed */
+  KTK_ERR_SYSTEM = 4,      /* the operating system or the CUDA runtime refused */
+  KTK_ERR_STATE = 5,       /* the handle is not in a state that allows the call */
+  KTK_ERR_INTERNAL = 6     /* a defect of ktk */
+} ktk_status;
+
+/* Message of this thread's last failed call; "" when it succeeded. Never NULL. */
+KTK_API const char *ktk_last_error(void);
+/* Library version, as "1.2.3". */
+KTK_API const char *ktk_version(void);
+/* KTK_ABI_VERSION of the library, to be compared with the header's. */
+KTK_API int32_t ktk_abi_version(void);
+
+/* ---- enumerations ---------------------------------------------------------------------------- */
+
+typedef enum ktk_dtype { KTK_DTYPE_F32 = 0, KTK_DTYPE_BF16 = 1, KTK_DTYPE_F16 = 2 } ktk_dtype;
+
+typedef enum ktk_format {
+  KTK_FORMAT_BF16 = 0, /* bf16 weights, bf16 activations */
+  KTK_FORMAT_INT8 = 1, /* 8-bit weights with one scale a row, int8 activations */
+  KTK_FORMAT_INT4 = 2  /* 4-bit weights with one scale a group or a row, int8 activations */
+} ktk_format;
+
+/* The pieces of one packed expert, in the order of ktk_moe_part_bytes. docs/formats.md has the layouts. */
+typedef enum ktk_part {
+  KTK_PART_GATE_UP_WEIGHT = 0,
+  KTK_PART_GATE_UP_SCALE = 1,
+  KTK_PART_GATE_UP_ZERO = 2,
+  KTK_PART_DOWN_WEIGHT = 3,
+  KTK_PART_DOWN_SCALE = 4,
+  KTK_PART_DOWN_ZERO = 5,
+  KTK_PART_GATE_BIAS = 6,
+  KTK_PART_UP_BIAS = 7,
+  KTK_PART_DOWN_BIAS = 8
+} ktk_part;
+
+/* ---- instruction sets ------------------------------------------------------------------------ */
+
+/* Number of instruction sets this library was built for. */
+KTK_API int32_t ktk_isa_count(void);
+/* Name of the set at `index`, in order of preference, best first; NULL past the end. */
+KTK_API const char *ktk_isa_name(int32_t index);
+/* KTK_OK when this CPU can run the set; otherwise KTK_ERR_UNSUPPORTED with the missing requirement
+ * as message. */
+KTK_API ktk_status ktk_isa_check(const char *name);
+/* The set used by layers that name none: KTK_ISA from the environment when it is set, else the best
+ * runnable one. KTK_ERR_UNSUPPORTED when KTK_ISA names one that cannot run here. */
+KTK_API ktk_status ktk_isa_default(const char **name);
+/* Name of the kernel that a layer of `format` on `isa` uses for an expert with `rows` tokens. */
+KTK_API ktk_status ktk_isa_kernel(const char *isa, int32_t format, int32_t rows, const char **kernel);
+
+/* ---- machine --------------------------------------------------------------------------------- */
+
+/* Writes a JSON description of the machine (CPU, NUMA nodes and their CPUs, affinity, huge pages,
+ * CUDA run time) into `buffer` with a terminating zero. `*needed` is the size that holds all of it,
+ * terminator included; KTK_ERR_ARGUMENT when `capacity` is smaller. */
+KTK_API ktk_status ktk_machine_json(char *buffer, size_t capacity, size_t *needed);
+
+/* ---- worker pool ----------------------------------------------------------------------------- */
+
+typedef struct ktk_pool ktk_pool;
+
+typedef struct ktk_pool_config {
+  uint32_t struct_size;
+  int32_t subpool_count;               /* 1 .. number of NUMA nodes with CPUs, or more on one node */
+  const int32_t *subpool_numa_map;     /* [subpool_count] node ids; NULL: 0, 1, 2 ... */
+  const int32_t *subpool_thread_count; /* [subpool_count] threads, each at least 1 */
+  int32_t bind_threads;                /* non-zero: bind each worker to one CPU where there are enough */
+  int64_t spin_ns;                     /* idle spinning before a worker parks; negative: the default */
+} ktk_pool_config;
+
+KTK_API ktk_status ktk_pool_create(const ktk_pool_config *config, ktk_pool **pool);
+/* Waits for running work, then frees. Layers and queues of the pool must be gone: KTK_ERR_STATE. */
+KTK_API ktk_status ktk_pool_destroy(ktk_pool *pool);
+KTK_API ktk_status ktk_pool_threads(const ktk_pool *pool, int32_t *subpool_count, int32_t *thread_count);
+/* What creation had to give up (threads beyond the CPUs, binding refused), one line each; "" if
+ * nothing. The text lives as long as the pool. */
+KTK_API const char *ktk_pool_warnings(const ktk_pool *pool);
+
+/* ---- mixture-of-experts layer ---------------------------------------------------------------- */
+
+typedef struct ktk_moe ktk_moe;
+
+typedef struct ktk_moe_config {
+  uint32_t struct_size;
+  int32_t layer_index;       /* for messages and traces only */
+  int32_t num_experts;       /* experts of the layer, E */
+  int32_t top_k;             /* most experts a token may have, at most num_experts */
+  int32_t hidden_size;       /* H */
+  int32_t intermediate_size; /* I */
+  int32_t max_tokens;        /* most tokens in one forward */
+  int32_t format;            /* ktk_format */
+  int32_t group_size;        /* INT4: 32, 64 or 128 input columns a scale, 0: one scale a row; else 0 */
+  int32_t asymmetric;        /* INT4 with groups: non-zero for one zero point a group */
+  int32_t strict;            /* non-zero: one kernel family, so bits do not depend on the batch size */
+  float swiglu_limit;        /* > 0: gate at most limit, up within +-limit, before the activation */
+  float swiglu_alpha;        /* > 0: gate * sigmoid(alpha * gate) * (up + 1) in place of silu(gate) * up */
+  const char *isa;           /* NULL: ktk_isa_default() */
+  const uint8_t *gpu_experts_mask; /* kept, [num_experts], read at each forward: non-zero experts
+                                      contribute nothing here; NULL: none */
+} ktk_moe_config;
+
+/* One expert in row-major order: gate and up [I, H], down [H, I], all of one dtype, aligned to it.
+ * Biases are fp32 [I], [I], [H]; each may be NULL. */
+typedef struct ktk_expert_weights {
+  uint32_t struct_size;
+  int32_t dtype; /* ktk_dtype */
+  const void *gate;
+  const void *up;
+  const void *down;
+  const float *gate_bias;
+  const float *up_bias;
+  const float *down_bias;
+} ktk_expert_weights;
+
+typedef struct ktk_forward_args {
+  uint32_t struct_size;
+  int32_t top_k;               /* columns of expert_ids, at most the layer's top_k */
+  const int32_t *num_tokens;   /* [1], read when the forward runs; 0 is allowed */
+  const int64_t *expert_ids;   /* [num_tokens, top_k]; outside 0 .. E-1: contributes nothing */
+  const float *expert_weights; /* [num_tokens, top_k] */
+  const void *input;           /* [num_tokens, H] */
+  void *output;                /* [num_tokens, H] */
+  int32_t input_dtype;         /* ktk_dtype */
+  int32_t output_dtype;        /* ktk_dtype */
+  int32_t incremental;         /* non-zero: add to what `output` holds */
+} ktk_forward_args;
+
+/* The pool is kept. */
+KTK_API ktk_status ktk_moe_create(const ktk_moe_config *config, ktk_pool *pool, ktk_moe **moe);
+/* Waits until nothing of the layer is pending, then frees it. Replays of a CUDA graph that captured
+ * it fail from then on, with the failure kept by the queue. */
+KTK_API ktk_status ktk_moe_destroy(ktk_moe *moe);
+/* Quantises and packs one expert; call once for each expert, in any order, from one thread at a time.
+ * Weights that are not finite: KTK_ERR_ARGUMENT, and the expert counts as not loaded. */
+KTK_API ktk_status ktk_moe_pack_expert(ktk_moe *moe, int32_t expert, const ktk_expert_weights *weights);
+/* Size of one part of one packed expert, independent of the pool; 0 where the format has no such part
+ * (a bias part is always [rows] fp32). */
+KTK_API ktk_status ktk_moe_part_bytes(const ktk_moe *moe, int32_t part, size_t *bytes);
+/* Copies a part out; a bias that was never set reads as zeros. */
+KTK_API ktk_status ktk_moe_export_part(const ktk_moe *moe, int32_t expert, int32_t part, void *buffer,
+                                       size_t bytes);
+/* Copies a part in. Scales and biases that are not finite: KTK_ERR_ARGUMENT. The expert is loaded when
+ * both weight parts and the scale and zero parts of the format are in. */
+KTK_API ktk_status ktk_moe_import_part(ktk_moe *moe, int32_t expert, int32_t part, const void *buffer,
+                                       size_t bytes);
+/* Bytes of packed weights the layer holds, all experts and shards. */
+KTK_API ktk_status ktk_moe_weight_bytes(const ktk_moe *moe, size_t *bytes);
+KTK_API ktk_status ktk_moe_isa(const ktk_moe *moe, const char **name);
+/* Runs one batch on the pool and the calling thread; returns when `output` is written. Experts that
+ * are routed to, not masked and not loaded: KTK_ERR_STATE. */
+KTK_API ktk_status ktk_moe_forward(ktk_moe *moe, const ktk_forward_args *args);
+
+/* ---- task queue ------------------------------------------------------------------------------ */
+
+typedef struct ktk_queue ktk_queue;
+/* A task of the caller; a non-zero return is a failure, kept and raised by the next sync. */
+typedef int32_t (*ktk_task_fn)(void *context);
+
+/* One thread that runs tasks in the order of submission. The pool is kept. */
+KTK_API ktk_status ktk_queue_create(ktk_pool *pool, ktk_queue **queue);
+/* Runs what is pending, then frees. */
+KTK_API ktk_status ktk_queue_destroy(ktk_queue *queue);
+KTK_API ktk_status ktk_queue_submit(ktk_queue *queue, ktk_task_fn function, void *context);
+/* Submits a forward; `args` is copied, the buffers it names are used when it runs. A failure fills
+ * the output with NaN and is raised by the next sync. */
+KTK_API ktk_status ktk_queue_submit_forward(ktk_queue *queue, ktk_moe *moe, const ktk_forward_args *args);
+/* Waits until at most `allow_n_pending` tasks are left; raises the first failure since the last sync. */
+KTK_API ktk_status ktk_queue_sync(ktk_queue *queue, int32_t allow_n_pending);
+/* The same in the order of a CUDA stream (a cudaStream_t as an integer), capturable in a CUDA graph.
+ * Stream 0 without a CUDA run time means host order. */
+KTK_API ktk_status ktk_queue_submit_forward_with_cuda_stream(ktk_queue *queue, uintptr_t stream, ktk_moe *moe,
+                                                             const ktk_forward_args *args);
+KTK_API ktk_status ktk_queue_submit_with_cuda_stream(ktk_queue *queue, uintptr_t stream, ktk_task_fn function,
+                                                     void *context);
+KTK_API ktk_status ktk_queue_sync_with_cuda_stream(ktk_queue *queue, uintptr_t stream, int32_t allow_n_pending);
+/* Tasks submitted and not yet finished. */
+KTK_API ktk_status ktk_queue_pending(const ktk_queue *queue, int64_t *pending);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* KTK_H */
