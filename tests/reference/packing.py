@@ -1,0 +1,202 @@
+"""The packed parts of one expert, byte for byte as `docs/formats.md` lays them out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import numpy.typing as npt
+
+from .quantise import QuantisedMatrix, quantise_int4, quantise_int8
+from .rounding import BF16, Array, F32Array, round_bf16, to_f32
+
+U8Array = npt.NDArray[np.uint8]
+
+FORMAT_BF16, FORMAT_INT8, FORMAT_INT4 = 0, 1, 2
+
+PART_NAMES = (
+    "gate_up_weight",
+    "gate_up_scale",
+    "gate_up_zero",
+    "down_weight",
+    "down_scale",
+    "down_zero",
+    "gate_bias",
+    "up_bias",
+    "down_bias",
+)
+
+TILE_ROWS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """Weight format of a layer.
+
+    Attributes
+    ----------
+    kind : int
+        FORMAT_BF16, FORMAT_INT8 or FORMAT_INT4.
+    group : int
+        INT4: input columns a scale covers, 0 for the whole row; 0 otherwise.
+    asymmetric : bool
+        INT4 with groups: one zero point a group.
+    """
+
+    kind: int
+    group: int = 0
+    asymmetric: bool = False
+
+    @property
+    def integer(self) -> bool:
+        """Whether weights and activations are integers."""
+        return self.kind != FORMAT_BF16
+
+    @property
+    def k_step(self) -> int:
+        """Input columns of one tile."""
+        return 64 if self.integer else 32
+
+    def __str__(self) -> str:
+        if self.kind == FORMAT_BF16:
+            return "bf16"
+        if self.kind == FORMAT_INT8:
+            return "int8"
+        return f"int4{'z' if self.asymmetric else ''}-{self.group or 'row'}"
+
+    def quantise(self, weights: Array) -> QuantisedMatrix | F32Array:
+        """Weights as the format holds them: a `QuantisedMatrix`, or bf16 values kept as fp32."""
+        if self.kind == FORMAT_BF16:
+            return round_bf16(weights)
+        if self.kind == FORMAT_INT8:
+            return quantise_int8(to_f32(weights))
+        return quantise_int4(to_f32(weights), self.group, self.asymmetric)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertWeights:
+    """One expert as a checkpoint holds it.
+
+    Attributes
+    ----------
+    gate, up : ndarray of float32, bfloat16 or float16, shape (I, H)
+    down : same dtype, shape (H, I)
+    gate_bias, up_bias, down_bias : ndarray of float32, shapes (I,), (I,), (H,), or None
+    """
+
+    gate: Array
+    up: Array
+    down: Array
+    gate_bias: F32Array | None = None
+    up_bias: F32Array | None = None
+    down_bias: F32Array | None = None
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.gate.shape[1])
+
+    @property
+    def intermediate_size(self) -> int:
+        return int(self.gate.shape[0])
+
+
+def _padded(values: npt.NDArray[np.generic], rows: int, columns: int, fill: int) -> npt.NDArray[np.generic]:
+    out = np.full((rows, columns), fill, values.dtype)
+    out[: values.shape[0], : values.shape[1]] = values
+    return out
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def pack_weight(matrix: QuantisedMatrix | F32Array, form: Format) -> U8Array:
+    """Tiles of one matrix, shape (row blocks, k steps, bytes of a tile)."""
+    k_step = form.k_step
+    if isinstance(matrix, np.ndarray):
+        rows, columns = matrix.shape
+        padded = _padded(matrix, _round_up(rows, TILE_ROWS), _round_up(columns, k_step), 0)
+        halves = padded.astype(BF16).view(np.uint16)
+        tiles = halves.reshape(halves.shape[0] // 16, 16, halves.shape[1] // 32, 16, 2)
+        ordered = np.ascontiguousarray(tiles.transpose(0, 2, 3, 1, 4))
+        return ordered.reshape(*ordered.shape[:2], -1).view(np.uint8)
+    rows, columns = matrix.q.shape
+    offset = 128 if form.kind == FORMAT_INT8 else (0 if form.asymmetric else 8)
+    stored = (matrix.q + offset).astype(np.uint8)
+    stored = _padded(stored, _round_up(rows, TILE_ROWS), _round_up(columns, k_step), offset)
+    if form.asymmetric:
+        last = matrix.q.shape[1]
+        stored[:rows, last:] = matrix.zero[:, -1:].astype(np.uint8)
+    blocks = stored.reshape(stored.shape[0] // 16, 16, stored.shape[1] // 64, 64)
+    if form.kind == FORMAT_INT8:
+        quads = blocks.reshape(*blocks.shape[:3], 16, 4)
+        ordered = np.ascontiguousarray(quads.transpose(0, 2, 3, 1, 4))
+        return ordered.reshape(*ordered.shape[:2], -1)
+    halves4 = blocks.reshape(*blocks.shape[:3], 2, 8, 4)
+    nibbles = (halves4[:, :, :, 0] | (halves4[:, :, :, 1] << 4)).astype(np.uint8)
+    ordered = np.ascontiguousarray(nibbles.transpose(0, 2, 3, 1, 4))
+    return ordered.reshape(*ordered.shape[:2], -1)
+
+
+def _by_row_block(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    """(rows, groups) to (row blocks, groups, 16), rows past the end zero."""
+    padded = _padded(values, _round_up(values.shape[0], TILE_ROWS), values.shape[1], 0)
+    return padded.reshape(-1, TILE_ROWS, values.shape[1]).transpose(0, 2, 1)
+
+
+def _bytes(values: npt.NDArray[np.generic]) -> U8Array:
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+
+
+def _stored_scale(matrix: QuantisedMatrix) -> npt.NDArray[np.generic]:
+    return matrix.scale.astype(BF16) if matrix.group else matrix.scale
+
+
+def pack(weights: ExpertWeights, form: Format) -> dict[str, U8Array]:
+    """All parts of one expert as flat bytes, keyed by `PART_NAMES`; empty where the format has no such part."""
+    gate, up, down = (form.quantise(w) for w in (weights.gate, weights.up, weights.down))
+    parts = {name: np.zeros(0, np.uint8) for name in PART_NAMES}
+    parts["gate_up_weight"] = _bytes(np.stack([pack_weight(gate, form), pack_weight(up, form)], axis=2))
+    parts["down_weight"] = _bytes(pack_weight(down, form))
+    if isinstance(gate, QuantisedMatrix):
+        assert isinstance(up, QuantisedMatrix) and isinstance(down, QuantisedMatrix)
+        pair = [_by_row_block(_stored_scale(matrix)) for matrix in (gate, up)]
+        parts["gate_up_scale"] = _bytes(np.stack(pair, axis=2))
+        parts["down_scale"] = _bytes(_by_row_block(_stored_scale(down)))
+        if form.asymmetric:
+            pair = [_by_row_block(matrix.zero.astype(np.uint8)) for matrix in (gate, up)]
+            parts["gate_up_zero"] = _bytes(np.stack(pair, axis=2))
+            parts["down_zero"] = _bytes(_by_row_block(down.zero.astype(np.uint8)))
+    for name, bias, rows in (
+        ("gate_bias", weights.gate_bias, weights.intermediate_size),
+        ("up_bias", weights.up_bias, weights.intermediate_size),
+        ("down_bias", weights.down_bias, weights.hidden_size),
+    ):
+        parts[name] = _bytes(np.zeros(rows, np.float32) if bias is None else bias.astype(np.float32))
+    return parts
+
+
+def unpack_weight(tiles: U8Array, rows: int, columns: int, form: Format) -> npt.NDArray[np.generic]:
+    """Stored integers as uint8, or weights as bfloat16, shape (rows, columns), from the tiles of one matrix.
+
+    Written index by index from the layout's definition, so that it does not share a mistake with
+    `pack_weight`.
+    """
+    k_step = form.k_step
+    steps = -(-columns // k_step)
+    row_block, n = np.divmod(np.arange(rows), 16)
+    step, k = np.divmod(np.arange(columns), k_step)
+    if form.kind == FORMAT_BF16:
+        flat = tiles.reshape(-1, steps, 1024)[:, :, :].reshape(-1).view(np.uint16)
+        within = (k // 2) * 32 + (k % 2)
+        index = (row_block[:, None] * steps + step) * 512 + within + n[:, None] * 2
+        return flat[index].view(BF16)
+    if form.kind == FORMAT_INT8:
+        within = (k // 4) * 64 + (k % 4)
+        index = (row_block[:, None] * steps + step) * 1024 + within + n[:, None] * 4
+        return tiles.reshape(-1)[index]
+    low = k % 32
+    within = (low // 4) * 64 + (low % 4)
+    index = (row_block[:, None] * steps + step) * 512 + within + n[:, None] * 4
+    shift = np.where(k >= 32, 4, 0).astype(np.uint8)
+    return (tiles.reshape(-1)[index] >> shift) & np.uint8(15)

@@ -1,0 +1,186 @@
+"""The reference itself, against plain arithmetic that models nothing."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from reference.moe import Activation, Layer, output_tolerance, shards_of
+from reference.packing import PART_NAMES, Format, pack, unpack_weight
+from reference.quantise import QuantisedMatrix, quantise_int4, quantise_int8, quantise_symmetric8
+from reference.rounding import BF16, F16, F32, U32, fma32, round_bf16, round_to, ulp
+from strategies import make_routing, make_weights
+
+FORMATS = (
+    Format(0),
+    Format(1),
+    Format(2),
+    Format(2, 32),
+    Format(2, 64),
+    Format(2, 128),
+    Format(2, 32, True),
+    Format(2, 128, True),
+)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_round_to_agrees_with_conversion(dtype: np.dtype[np.generic]) -> None:
+    bits = np.random.default_rng(1).integers(0, 2**32, 100_000, dtype=np.uint32)
+    values = bits.view(np.float32)
+    with np.errstate(all="ignore"):
+        expected = values.astype(dtype).astype(np.float64)
+    assert np.array_equal(round_to(values, dtype), expected, equal_nan=True)
+
+
+def test_ulp_is_the_gap_to_the_next_number() -> None:
+    values = np.array([1.0, 1.5, 2.0, 0.0, 2.0**-126, 2.0**-140], np.float32)
+    assert np.array_equal(ulp(values, F32), np.nextafter(values, np.float32(np.inf)).astype(float) - values)
+
+
+def test_fma_is_rounded_once() -> None:
+    rng = np.random.default_rng(2)
+    a, b, c = rng.standard_normal((3, 2000)).astype(np.float32)
+    near = rng.integers(-2, 3, 2000) * 2.0**-23
+    c[:1000] = (-(a * b) * (1 + near))[:1000]
+    c[1000::2] *= np.float32(2.0**-30)
+    for x, y, z, result in zip(a, b, c, fma32(a, b, c), strict=True):
+        exact = Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
+        gap = abs(exact - Fraction(float(result)))
+        for direction in (np.inf, -np.inf):
+            assert gap <= abs(exact - Fraction(float(np.nextafter(result, np.float32(direction)))))
+
+
+def test_symmetric8_rows() -> None:
+    values = np.array(
+        [[1.0, -2.0, 0.5], [0, 0, 0], [np.nan, 1, 2], [np.inf, 1, 2], [2.0**-101, 0, 0], [3e38, -3e38, 0]],
+        np.float32,
+    )
+    q, scale = quantise_symmetric8(values)
+    assert q.tolist() == [[64, -127, 32], [0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0], [127, -127, 0]]
+    assert np.isnan(scale[2:4]).all()
+    assert scale[[0, 1, 4]].tolist() == [np.float32(2) / np.float32(127), 0, 0]
+
+
+def test_int4_uses_the_whole_range_on_the_side_of_the_largest_value() -> None:
+    matrix = quantise_int4(np.array([[-4.0, 3.5, 1.0, 4.0], [2.0, -1.0, 0.5, 1.9]], np.float32), 0, False)
+    assert matrix.scale[:, 0].tolist() == [0.5, -0.25]
+    assert matrix.q.tolist() == [[-8, 7, 2, 7], [-8, 4, -2, -8]]
+
+
+def test_int4_zero_point_keeps_zero_exact() -> None:
+    rng = np.random.default_rng(3)
+    weights = (rng.standard_normal((20, 96)) + 2).astype(np.float32)
+    weights[:, 5] = 0
+    assert (quantise_int4(weights, 32, True).values()[:, 5] == 0).all()
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("rows,columns", [(1, 1), (16, 64), (37, 150), (17, 31)])
+def test_tiles_hold_every_weight_where_the_layout_says(form: Format, rows: int, columns: int) -> None:
+    rng = np.random.default_rng(rows * columns)
+    weights = make_weights(rng, columns, rows)
+    steps, blocks = -(-columns // form.k_step), -(-rows // 16)
+    tiles = pack(weights, form)["gate_up_weight"].reshape(blocks, steps, 2, -1)
+    for half, source in enumerate((weights.gate, weights.up)):
+        stored = unpack_weight(np.ascontiguousarray(tiles[:, :, half]), rows, columns, form)
+        matrix = form.quantise(source)
+        if isinstance(matrix, QuantisedMatrix):
+            offset = 128 if form.kind == 1 else 0 if form.asymmetric else 8
+            assert np.array_equal(stored.astype(np.int16) - offset, matrix.q)
+        else:
+            assert np.array_equal(stored.astype(np.float32), matrix)
+
+
+def test_shards_are_whole_groups_and_cover_everything() -> None:
+    for size in (1, 127, 128, 129, 384, 400, 1000):
+        for count in (1, 2, 3, 5):
+            cuts = shards_of(size, count)
+            assert [cut.start for cut in cuts[1:]] == [cut.stop for cut in cuts[:-1]]
+            assert (cuts[0].start, cuts[-1].stop) == (0, size)
+            assert all(cut.start % 128 == 0 or cut.start == size for cut in cuts)
+            widths = [-(-(cut.stop - cut.start) // 128) for cut in cuts]
+            assert max(widths) - min(widths) <= 1 and widths == sorted(widths, reverse=True)
+
+
+def _plain(experts, x, ids, weights, activation):  # type: ignore[no-untyped-def]
+    out = np.zeros(x.shape)
+    for token in range(x.shape[0]):
+        for slot in range(ids.shape[1]):
+            if not 0 <= ids[token, slot] < len(experts):
+                continue
+            expert = experts[ids[token, slot]]
+            gate = expert.gate.astype(float) @ x[token]
+            up = expert.up.astype(float) @ x[token]
+            if activation.limit:
+                gate = np.minimum(gate, activation.limit)
+                up = np.clip(up, -activation.limit, activation.limit)
+            slope = activation.alpha or 1.0
+            z = gate / (1 + np.exp(-slope * gate)) * (up + 1 if activation.alpha else up)
+            out[token] += weights[token, slot] * (expert.down.astype(float) @ z)
+    return out
+
+
+# Relative L2 errors of Gaussian data: what a format costs, and so how far from plain arithmetic a correct
+# model of it must be.
+_LEVELS = {"bf16": 0.0045, "int8": 0.024, "int4-row": 0.22, "int4-32": 0.165, "int4-64": 0.185}
+_LEVELS |= {"int4-128": 0.2, "int4z-32": 0.16, "int4z-128": 0.19}
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_error_level_of_each_format(form: Format) -> None:
+    rng = np.random.default_rng(5)
+    experts = [make_weights(rng, 256, 384) for _ in range(4)]
+    x = rng.standard_normal((8, 256)).astype(np.float32)
+    ids, weights = make_routing(rng, "invalid", 8, 4, 2)
+    for activation in (Activation(), Activation(1.5, 1.702)):
+        plain = _plain(experts, x, ids, weights, activation)
+        modelled = Layer(experts, form, activation).forward(x, ids, weights)
+        distance = np.linalg.norm(modelled.value - plain) / np.linalg.norm(plain)
+        assert 0.4 * _LEVELS[str(form)] < distance < _LEVELS[str(form)]
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_bounds_are_a_few_steps_of_the_output_type(form: Format) -> None:
+    rng = np.random.default_rng(6)
+    experts = [make_weights(rng, 256, 384) for _ in range(4)]
+    x = rng.standard_normal((8, 256)).astype(np.float32)
+    ids, weights = make_routing(rng, "distinct", 8, 4, 2)
+    expected = Layer(experts, form).forward(x, ids, weights)
+    typical = ulp(np.sqrt(np.mean(expected.value**2)), BF16)
+    assert np.median(output_tolerance(expected, BF16)) < (4 if form.kind == 0 else 1) * typical
+    assert np.max(output_tolerance(expected, BF16)) < (10 if form.kind == 0 else 6) * typical
+
+
+@pytest.mark.parametrize("form", [f for f in FORMATS if f.integer], ids=str)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_both_models_of_the_integer_formats_agree(form: Format, shards: int) -> None:
+    def activate(gate, up, activation):  # type: ignore[no-untyped-def]
+        with np.errstate(over="ignore"):
+            return (gate / (np.float32(1) + np.exp(-gate)) * up).astype(np.float32)
+
+    rng = np.random.default_rng(7)
+    experts = [make_weights(rng, 100, 300, biases=True) for _ in range(3)]
+    x = rng.standard_normal((6, 100)).astype(np.float32)
+    ids, weights = make_routing(rng, "duplicates", 6, 3, 2)
+    layer = Layer(experts, form)
+    previous = rng.standard_normal((6, 100)).astype(np.float32)
+    bounded = layer.forward(x, ids, weights, previous, shards)
+    exact = layer.forward_integer(x, ids, weights, activate, previous, shards)
+    assert (np.abs(exact - bounded.value) <= bounded.error).all()
+
+
+def test_quantised_weights_are_within_half_a_step() -> None:
+    weights = make_weights(np.random.default_rng(8), 130, 40)
+    int8 = quantise_int8(weights.gate)
+    assert (np.abs(int8.values() - weights.gate) <= int8.scale * (0.5 + 1e-4)).all()
+    grouped = quantise_int4(weights.gate, 32, True)
+    steps = np.repeat(grouped.scale, 32, axis=1)[:, :130]
+    # The zero point is rounded and clamping may add its other half; bf16 scales may cost 15 * 2**-9 more.
+    assert (np.abs(grouped.values() - weights.gate) <= steps * (1 + 15 * 2.0**-9 + 1e-4)).all()
+
+
+def test_parts_are_named_in_the_order_of_the_abi() -> None:
+    parts = pack(make_weights(np.random.default_rng(9), 20, 10), Format(2, 32, True))
+    assert tuple(parts) == PART_NAMES
+    assert round_bf16(np.array([1 + U32], np.float32))[0] == 1
