@@ -1,0 +1,670 @@
+# cython: language_level=3, embedsignature=True, embedsignature.format=python
+"""The binding through Cython. What it exports is described in api.pyi."""
+
+import atexit
+import weakref
+
+cimport cython
+from cpython.long cimport PyLong_AsLongLongAndOverflow, PyLong_CheckExact
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uintptr_t
+from libc.stdlib cimport free, malloc
+from posix.unistd cimport usleep
+
+from ktk._native cimport ktk as c
+from ktk._native import _checks, _tasks
+from ktk.errors import error_from_status
+
+HEADER_ABI_VERSION = c.KTK_ABI_VERSION
+
+DTYPE_F32 = <int>c.KTK_DTYPE_F32
+DTYPE_BF16 = <int>c.KTK_DTYPE_BF16
+DTYPE_F16 = <int>c.KTK_DTYPE_F16
+FORMAT_BF16 = <int>c.KTK_FORMAT_BF16
+FORMAT_INT8 = <int>c.KTK_FORMAT_INT8
+FORMAT_INT4 = <int>c.KTK_FORMAT_INT4
+PART_GATE_UP_WEIGHT = <int>c.KTK_PART_GATE_UP_WEIGHT
+PART_GATE_UP_SCALE = <int>c.KTK_PART_GATE_UP_SCALE
+PART_GATE_UP_ZERO = <int>c.KTK_PART_GATE_UP_ZERO
+PART_DOWN_WEIGHT = <int>c.KTK_PART_DOWN_WEIGHT
+PART_DOWN_SCALE = <int>c.KTK_PART_DOWN_SCALE
+PART_DOWN_ZERO = <int>c.KTK_PART_DOWN_ZERO
+PART_GATE_BIAS = <int>c.KTK_PART_GATE_BIAS
+PART_UP_BIAS = <int>c.KTK_PART_UP_BIAS
+PART_DOWN_BIAS = <int>c.KTK_PART_DOWN_BIAS
+
+
+cdef int _check(c.ktk_status status) except -1:
+    # The message belongs to this thread until its next call, so it is copied before anything else happens.
+    cdef bytes message
+    if status == c.KTK_OK:
+        return 0
+    message = c.ktk_last_error()
+    raise error_from_status(<int>status, message.decode("utf-8", "replace"))
+
+
+cdef int32_t _int32(str name, object value) except? -1:
+    cdef int overflow = 0
+    cdef long long number
+    if PyLong_CheckExact(value):
+        number = PyLong_AsLongLongAndOverflow(value, &overflow)
+        if overflow == 0 and -0x80000000LL <= number <= 0x7FFFFFFFLL:
+            return <int32_t>number
+    return _checks.int32(name, value)
+
+
+cdef uintptr_t _pointer(str name, object value, unsigned int alignment) except? 0:
+    cdef int overflow = 0
+    cdef long long address
+    if PyLong_CheckExact(value):
+        address = PyLong_AsLongLongAndOverflow(value, &overflow)
+        if overflow == 0 and address > 0 and address % alignment == 0:
+            return <uintptr_t>address
+    return _checks.pointer(name, value, alignment)
+
+
+cdef uintptr_t _optional_pointer(str name, object value, unsigned int alignment) except? 0:
+    return _checks.optional_pointer(name, value, alignment)
+
+
+cdef int32_t _dtype(str name, object value) except -1:
+    return _checks.dtype(name, value)
+
+
+cdef inline unsigned int _dtype_bytes(int32_t dtype) noexcept:
+    return 4 if dtype == <int32_t>c.KTK_DTYPE_F32 else 2
+
+
+cdef int _forward_args(
+    c.ktk_forward_args *args, object num_tokens_ptr, object top_k, object expert_ids_ptr, object expert_weights_ptr,
+    object input_ptr, object input_dtype, object output_ptr, object output_dtype, object incremental,
+) except -1:
+    args.struct_size = sizeof(c.ktk_forward_args)
+    args.num_tokens = <const int32_t *>_pointer("num_tokens_ptr", num_tokens_ptr, 4)
+    args.top_k = _int32("top_k", top_k)
+    args.expert_ids = <const int64_t *>_pointer("expert_ids_ptr", expert_ids_ptr, 8)
+    args.expert_weights = <const float *>_pointer("expert_weights_ptr", expert_weights_ptr, 4)
+    args.input_dtype = _dtype("input_dtype", input_dtype)
+    args.input = <const void *>_pointer("input_ptr", input_ptr, _dtype_bytes(args.input_dtype))
+    args.output_dtype = _dtype("output_dtype", output_dtype)
+    args.output = <void *>_pointer("output_ptr", output_ptr, _dtype_bytes(args.output_dtype))
+    args.incremental = _checks.flag("incremental", incremental)
+    return 0
+
+
+def version():
+    return c.ktk_version().decode()
+
+
+def abi_version():
+    return c.ktk_abi_version()
+
+
+def isa_names():
+    cdef int32_t index
+    return [c.ktk_isa_name(index).decode() for index in range(c.ktk_isa_count())]
+
+
+def isa_check(name):
+    cdef bytes encoded = _checks.text("name", name)
+    _check(c.ktk_isa_check(encoded))
+
+
+def isa_default():
+    cdef const char *name = NULL
+    _check(c.ktk_isa_default(&name))
+    return name.decode()
+
+
+def isa_kernel(isa, format, rows):
+    cdef bytes encoded = _checks.text("isa", isa)
+    cdef const char *kernel = NULL
+    _check(c.ktk_isa_kernel(encoded, _int32("format", format), _int32("rows", rows), &kernel))
+    return kernel.decode()
+
+
+def machine_json():
+    # The description may grow between two calls, for one if the CUDA run time is loaded meanwhile.
+    cdef size_t capacity = 16384
+    cdef size_t needed = 0
+    cdef char *buffer
+    cdef c.ktk_status status
+    while True:
+        buffer = <char *>malloc(capacity)
+        if buffer == NULL:
+            raise MemoryError()
+        try:
+            with nogil:
+                status = c.ktk_machine_json(buffer, capacity, &needed)
+            if status == c.KTK_ERR_ARGUMENT and needed > capacity:
+                capacity = needed
+                continue
+            _check(status)
+            return buffer.decode()
+        finally:
+            free(buffer)
+
+
+@cython.no_gc_clear
+cdef class Pool:
+    cdef c.ktk_pool *handle
+    cdef int calls
+    cdef object __weakref__
+
+    def __init__(self, subpool_thread_count, subpool_numa_map=None, bind_threads=True, spin_ns=-1):
+        cdef c.ktk_pool_config config
+        cdef c.ktk_pool *handle = NULL
+        cdef c.ktk_status status
+        cdef int32_t *numbers
+        cdef Py_ssize_t count, index
+        self.close()
+        threads = _checks.int32_list("subpool_thread_count", subpool_thread_count)
+        nodes = None
+        if subpool_numa_map is not None:
+            nodes = _checks.int32_list("subpool_numa_map", subpool_numa_map)
+            _checks.same_length("subpool_thread_count", threads, "subpool_numa_map", nodes)
+        config.struct_size = sizeof(config)
+        config.bind_threads = _checks.flag("bind_threads", bind_threads)
+        config.spin_ns = _checks.int64("spin_ns", spin_ns)
+        count = len(threads)
+        config.subpool_count = _int32("len(subpool_thread_count)", count)
+        numbers = <int32_t *>malloc(2 * count * sizeof(int32_t))
+        if numbers == NULL:
+            raise MemoryError()
+        try:
+            for index in range(count):
+                numbers[index] = threads[index]
+                numbers[count + index] = nodes[index] if nodes is not None else 0
+            config.subpool_thread_count = numbers
+            config.subpool_numa_map = numbers + count if nodes is not None else NULL
+            with nogil:
+                status = c.ktk_pool_create(&config, &handle)
+        finally:
+            free(numbers)
+        _check(status)
+        self.handle = handle
+
+    def __dealloc__(self):
+        cdef c.ktk_pool *handle = self.handle
+        if handle != NULL:
+            with nogil:
+                c.ktk_pool_destroy(handle)
+
+    cdef c.ktk_pool *open(self) except NULL:
+        if self.handle == NULL:
+            raise _checks.closed("Pool")
+        return self.handle
+
+    @property
+    def subpool_count(self):
+        cdef c.ktk_pool *handle
+        cdef int32_t subpools = 0, threads = 0
+        handle = self.open()
+        _check(c.ktk_pool_threads(handle, &subpools, &threads))
+        return subpools
+
+    @property
+    def thread_count(self):
+        cdef c.ktk_pool *handle
+        cdef int32_t subpools = 0, threads = 0
+        handle = self.open()
+        _check(c.ktk_pool_threads(handle, &subpools, &threads))
+        return threads
+
+    @property
+    def warnings(self):
+        cdef c.ktk_pool *handle
+        handle = self.open()
+        return c.ktk_pool_warnings(handle).decode()
+
+    @property
+    def closed(self):
+        return self.handle == NULL
+
+    def close(self):
+        cdef c.ktk_pool *handle = self.handle
+        cdef c.ktk_status status
+        if handle == NULL:
+            return
+        # Taken away first: nobody may start to use a handle that is about to go.
+        self.handle = NULL
+        while self.calls:
+            with nogil:
+                usleep(200)
+        with nogil:
+            status = c.ktk_pool_destroy(handle)
+        if status != c.KTK_OK:
+            self.handle = handle
+        _check(status)
+
+    def __enter__(self):
+        self.open()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.close()
+
+
+# Without no_gc_clear the collector could drop the pool of a layer in a reference cycle before the layer.
+@cython.no_gc_clear
+cdef class Moe:
+    cdef c.ktk_moe *handle
+    cdef Pool pool
+    cdef int calls
+    cdef object __weakref__
+
+    def __init__(
+        self, pool, *, num_experts, top_k, hidden_size, intermediate_size, max_tokens, format, group_size=0,
+        asymmetric=False, strict=False, swiglu_limit=0.0, swiglu_alpha=0.0, isa=None, gpu_experts_mask_ptr=0,
+        layer_index=0,
+    ):
+        cdef c.ktk_moe_config config
+        cdef c.ktk_moe *handle = NULL
+        cdef c.ktk_status status
+        cdef bytes isa_bytes = None
+        cdef Pool owner
+        cdef c.ktk_pool *owner_handle
+        self.close()
+        _checks.instance("pool", pool, Pool)
+        owner = pool
+        config.struct_size = sizeof(config)
+        config.layer_index = _int32("layer_index", layer_index)
+        config.num_experts = _int32("num_experts", num_experts)
+        config.top_k = _int32("top_k", top_k)
+        config.hidden_size = _int32("hidden_size", hidden_size)
+        config.intermediate_size = _int32("intermediate_size", intermediate_size)
+        config.max_tokens = _int32("max_tokens", max_tokens)
+        config.format = _int32("format", format)
+        config.group_size = _int32("group_size", group_size)
+        config.asymmetric = _checks.flag("asymmetric", asymmetric)
+        config.strict = _checks.flag("strict", strict)
+        config.swiglu_limit = _checks.number("swiglu_limit", swiglu_limit)
+        config.swiglu_alpha = _checks.number("swiglu_alpha", swiglu_alpha)
+        config.isa = NULL
+        if isa is not None:
+            isa_bytes = _checks.text("isa", isa)
+            config.isa = isa_bytes
+        config.gpu_experts_mask = <const uint8_t *>_optional_pointer("gpu_experts_mask_ptr", gpu_experts_mask_ptr, 1)
+        owner_handle = owner.open()
+        owner.calls += 1
+        try:
+            with nogil:
+                status = c.ktk_moe_create(&config, owner_handle, &handle)
+            _check(status)
+        finally:
+            owner.calls -= 1
+        self.handle = handle
+        self.pool = owner
+
+    def __dealloc__(self):
+        cdef c.ktk_moe *handle = self.handle
+        if handle != NULL:
+            with nogil:
+                c.ktk_moe_destroy(handle)
+
+    cdef c.ktk_moe *open(self) except NULL:
+        if self.handle == NULL:
+            raise _checks.closed("Moe")
+        return self.handle
+
+    @property
+    def isa(self):
+        cdef c.ktk_moe *handle
+        cdef const char *name = NULL
+        handle = self.open()
+        _check(c.ktk_moe_isa(handle, &name))
+        return name.decode()
+
+    @property
+    def weight_bytes(self):
+        cdef c.ktk_moe *handle
+        cdef size_t size = 0
+        handle = self.open()
+        _check(c.ktk_moe_weight_bytes(handle, &size))
+        return size
+
+    @property
+    def closed(self):
+        return self.handle == NULL
+
+    def pack_expert(
+        self, expert, dtype, gate_ptr, up_ptr, down_ptr, gate_bias_ptr=0, up_bias_ptr=0, down_bias_ptr=0
+    ):
+        cdef c.ktk_moe *handle
+        cdef c.ktk_expert_weights weights
+        cdef c.ktk_status status
+        cdef int32_t index = _int32("expert", expert)
+        cdef unsigned int alignment
+        weights.struct_size = sizeof(weights)
+        weights.dtype = _dtype("dtype", dtype)
+        alignment = _dtype_bytes(weights.dtype)
+        weights.gate = <const void *>_pointer("gate_ptr", gate_ptr, alignment)
+        weights.up = <const void *>_pointer("up_ptr", up_ptr, alignment)
+        weights.down = <const void *>_pointer("down_ptr", down_ptr, alignment)
+        weights.gate_bias = <const float *>_optional_pointer("gate_bias_ptr", gate_bias_ptr, 4)
+        weights.up_bias = <const float *>_optional_pointer("up_bias_ptr", up_bias_ptr, 4)
+        weights.down_bias = <const float *>_optional_pointer("down_bias_ptr", down_bias_ptr, 4)
+        handle = self.open()
+        self.calls += 1
+        try:
+            with nogil:
+                status = c.ktk_moe_pack_expert(handle, index, &weights)
+            _check(status)
+        finally:
+            self.calls -= 1
+
+    def part_bytes(self, part):
+        cdef c.ktk_moe *handle
+        cdef size_t size = 0
+        cdef int32_t index = _int32("part", part)
+        handle = self.open()
+        _check(c.ktk_moe_part_bytes(handle, index, &size))
+        return size
+
+    def export_part(self, expert, part, ptr, bytes):
+        cdef c.ktk_moe *handle
+        cdef c.ktk_status status
+        cdef int32_t expert_index = _int32("expert", expert), part_index = _int32("part", part)
+        cdef void *buffer = <void *>_pointer("ptr", ptr, 1)
+        cdef size_t size = _checks.size("bytes", bytes)
+        handle = self.open()
+        self.calls += 1
+        try:
+            with nogil:
+                status = c.ktk_moe_export_part(handle, expert_index, part_index, buffer, size)
+            _check(status)
+        finally:
+            self.calls -= 1
+
+    def import_part(self, expert, part, ptr, bytes):
+        cdef c.ktk_moe *handle
+        cdef c.ktk_status status
+        cdef int32_t expert_index = _int32("expert", expert), part_index = _int32("part", part)
+        cdef const void *buffer = <const void *>_pointer("ptr", ptr, 1)
+        cdef size_t size = _checks.size("bytes", bytes)
+        handle = self.open()
+        self.calls += 1
+        try:
+            with nogil:
+                status = c.ktk_moe_import_part(handle, expert_index, part_index, buffer, size)
+            _check(status)
+        finally:
+            self.calls -= 1
+
+    def forward(
+        self, num_tokens_ptr, top_k, expert_ids_ptr, expert_weights_ptr, input_ptr, input_dtype, output_ptr,
+        output_dtype, incremental=False,
+    ):
+        cdef c.ktk_moe *handle
+        cdef c.ktk_forward_args args
+        cdef c.ktk_status status
+        _forward_args(
+            &args, num_tokens_ptr, top_k, expert_ids_ptr, expert_weights_ptr, input_ptr, input_dtype, output_ptr,
+            output_dtype, incremental,
+        )
+        handle = self.open()
+        self.calls += 1
+        try:
+            with nogil:
+                status = c.ktk_moe_forward(handle, &args)
+            _check(status)
+        finally:
+            self.calls -= 1
+
+    def close(self):
+        cdef c.ktk_moe *handle = self.handle
+        cdef c.ktk_status status
+        if handle == NULL:
+            return
+        self.handle = NULL
+        while self.calls:
+            with nogil:
+                usleep(200)
+        with nogil:
+            status = c.ktk_moe_destroy(handle)
+        if status != c.KTK_OK:
+            self.handle = handle
+        _check(status)
+        self.pool = None
+
+    def __enter__(self):
+        self.open()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.close()
+
+
+cdef int32_t _run_task(void *context) noexcept with gil:
+    try:
+        return _tasks.run_task(<uintptr_t>context)
+    except BaseException:
+        return 1
+
+
+_open_queues = weakref.WeakSet()
+
+
+@cython.no_gc_clear
+cdef class Queue:
+    cdef c.ktk_queue *handle
+    cdef Pool pool
+    cdef object tasks
+    cdef int calls
+    cdef object __weakref__
+
+    def __init__(self, pool):
+        cdef c.ktk_queue *handle = NULL
+        cdef c.ktk_status status
+        cdef Pool owner
+        cdef c.ktk_pool *owner_handle
+        self.close()
+        _checks.instance("pool", pool, Pool)
+        owner = pool
+        owner_handle = owner.open()
+        owner.calls += 1
+        try:
+            with nogil:
+                status = c.ktk_queue_create(owner_handle, &handle)
+            _check(status)
+        finally:
+            owner.calls -= 1
+        self.handle = handle
+        self.pool = owner
+        self.tasks = _tasks.QueueTasks()
+        _open_queues.add(self)
+
+    def __dealloc__(self):
+        cdef c.ktk_queue *handle = self.handle
+        if handle != NULL:
+            with nogil:
+                c.ktk_queue_destroy(handle)
+            self.tasks.clear()
+
+    cdef c.ktk_queue *open(self) except NULL:
+        if self.handle == NULL:
+            raise _checks.closed("Queue")
+        return self.handle
+
+    cdef int finish(self, c.ktk_status status) except -1:
+        # Without a native failure only that of a callable is raised; with both, the native one is its context.
+        try:
+            _check(status)
+        except Exception:
+            failure = self.tasks.take_failure()
+            if failure is None:
+                raise
+            raise failure
+        failure = self.tasks.take_failure()
+        if failure is not None:
+            raise failure
+        return 0
+
+    @property
+    def pending(self):
+        cdef c.ktk_queue *handle
+        cdef int64_t count = 0
+        handle = self.open()
+        _check(c.ktk_queue_pending(handle, &count))
+        return count
+
+    @property
+    def closed(self):
+        return self.handle == NULL
+
+    def submit(self, function):
+        cdef c.ktk_queue *handle
+        cdef c.ktk_status status
+        cdef uintptr_t key
+        _checks.function(function)
+        handle = self.open()
+        self.calls += 1
+        try:
+            key = self.tasks.add(function)
+            with nogil:
+                status = c.ktk_queue_submit(handle, _run_task, <void *>key)
+            if status != c.KTK_OK:
+                self.tasks.discard(key)
+            _check(status)
+        finally:
+            self.calls -= 1
+
+    def submit_with_cuda_stream(self, stream, function):
+        cdef c.ktk_queue *handle
+        cdef c.ktk_status status
+        cdef uintptr_t key
+        cdef uintptr_t address = _checks.stream(stream)
+        _checks.function(function)
+        handle = self.open()
+        self.calls += 1
+        try:
+            key = self.tasks.add_replayable(function)
+            with nogil:
+                status = c.ktk_queue_submit_with_cuda_stream(handle, address, _run_task, <void *>key)
+            _check(status)
+        finally:
+            self.calls -= 1
+
+    def submit_forward(
+        self, moe, num_tokens_ptr, top_k, expert_ids_ptr, expert_weights_ptr, input_ptr, input_dtype, output_ptr,
+        output_dtype, incremental=False,
+    ):
+        cdef c.ktk_queue *handle
+        cdef c.ktk_forward_args args
+        cdef c.ktk_status status
+        cdef Moe layer
+        cdef c.ktk_moe *layer_handle
+        _checks.instance("moe", moe, Moe)
+        layer = moe
+        _forward_args(
+            &args, num_tokens_ptr, top_k, expert_ids_ptr, expert_weights_ptr, input_ptr, input_dtype, output_ptr,
+            output_dtype, incremental,
+        )
+        handle = self.open()
+        layer_handle = layer.open()
+        # Counted calls keep close() of another thread from freeing a handle that is in use.
+        self.calls += 1
+        layer.calls += 1
+        try:
+            with nogil:
+                status = c.ktk_queue_submit_forward(handle, layer_handle, &args)
+            _check(status)
+        finally:
+            layer.calls -= 1
+            self.calls -= 1
+
+    def submit_forward_with_cuda_stream(
+        self, stream, moe, num_tokens_ptr, top_k, expert_ids_ptr, expert_weights_ptr, input_ptr, input_dtype,
+        output_ptr, output_dtype, incremental=False,
+    ):
+        cdef c.ktk_queue *handle
+        cdef c.ktk_forward_args args
+        cdef c.ktk_status status
+        cdef uintptr_t address = _checks.stream(stream)
+        cdef Moe layer
+        cdef c.ktk_moe *layer_handle
+        _checks.instance("moe", moe, Moe)
+        layer = moe
+        _forward_args(
+            &args, num_tokens_ptr, top_k, expert_ids_ptr, expert_weights_ptr, input_ptr, input_dtype, output_ptr,
+            output_dtype, incremental,
+        )
+        handle = self.open()
+        layer_handle = layer.open()
+        self.calls += 1
+        layer.calls += 1
+        try:
+            with nogil:
+                status = c.ktk_queue_submit_forward_with_cuda_stream(handle, address, layer_handle, &args)
+            _check(status)
+        finally:
+            layer.calls -= 1
+            self.calls -= 1
+
+    def sync(self, allow_n_pending=0):
+        cdef c.ktk_queue *handle
+        cdef c.ktk_status status
+        cdef int32_t allowed = _int32("allow_n_pending", allow_n_pending)
+        handle = self.open()
+        if self.tasks.on_own_thread():
+            raise _checks.own_task("sync")
+        self.calls += 1
+        try:
+            with nogil:
+                status = c.ktk_queue_sync(handle, allowed)
+            self.finish(status)
+        finally:
+            self.calls -= 1
+
+    def sync_with_cuda_stream(self, stream, allow_n_pending=0):
+        cdef c.ktk_queue *handle
+        cdef c.ktk_status status
+        cdef uintptr_t address = _checks.stream(stream)
+        cdef int32_t allowed = _int32("allow_n_pending", allow_n_pending)
+        handle = self.open()
+        if self.tasks.on_own_thread():
+            raise _checks.own_task("sync_with_cuda_stream")
+        self.calls += 1
+        try:
+            with nogil:
+                status = c.ktk_queue_sync_with_cuda_stream(handle, address, allowed)
+            self.finish(status)
+        finally:
+            self.calls -= 1
+
+    def close(self):
+        cdef c.ktk_queue *handle = self.handle
+        cdef c.ktk_status status
+        if handle == NULL:
+            return
+        if self.tasks.on_own_thread():
+            raise _checks.own_task("close")
+        self.handle = NULL
+        while self.calls:
+            with nogil:
+                usleep(200)
+        with nogil:
+            status = c.ktk_queue_destroy(handle)
+        if status != c.KTK_OK:
+            self.handle = handle
+        _check(status)
+        self.tasks.clear()
+        self.pool = None
+
+    def __enter__(self):
+        self.open()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.close()
+
+
+def _finish_queues():
+    # A callable that starts after the interpreter began to shut down could not take the GIL any more.
+    cdef Queue queue
+    for queue in list(_open_queues):
+        if queue.handle != NULL:
+            with nogil:
+                c.ktk_queue_sync(queue.handle, 0)
+
+
+atexit.register(_finish_queues)

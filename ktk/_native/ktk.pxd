@@ -1,0 +1,134 @@
+# The C ABI of ktk for Cython, declaration by declaration as in ktk.h.
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uintptr_t
+
+
+cdef extern from "ktk.h" nogil:
+    int KTK_ABI_VERSION
+
+    ctypedef enum ktk_status:
+        KTK_OK
+        KTK_ERR_ARGUMENT
+        KTK_ERR_UNSUPPORTED
+        KTK_ERR_MEMORY
+        KTK_ERR_SYSTEM
+        KTK_ERR_STATE
+        KTK_ERR_INTERNAL
+
+    ctypedef enum ktk_dtype:
+        KTK_DTYPE_F32
+        KTK_DTYPE_BF16
+        KTK_DTYPE_F16
+
+    ctypedef enum ktk_format:
+        KTK_FORMAT_BF16
+        KTK_FORMAT_INT8
+        KTK_FORMAT_INT4
+
+    ctypedef enum ktk_part:
+        KTK_PART_GATE_UP_WEIGHT
+        KTK_PART_GATE_UP_SCALE
+        KTK_PART_GATE_UP_ZERO
+        KTK_PART_DOWN_WEIGHT
+        KTK_PART_DOWN_SCALE
+        KTK_PART_DOWN_ZERO
+        KTK_PART_GATE_BIAS
+        KTK_PART_UP_BIAS
+        KTK_PART_DOWN_BIAS
+
+    ctypedef struct ktk_pool:
+        pass
+
+    ctypedef struct ktk_moe:
+        pass
+
+    ctypedef struct ktk_queue:
+        pass
+
+    ctypedef int32_t (*ktk_task_fn)(void *context)
+
+    ctypedef struct ktk_pool_config:
+        uint32_t struct_size
+        int32_t subpool_count
+        const int32_t *subpool_numa_map
+        const int32_t *subpool_thread_count
+        int32_t bind_threads
+        int64_t spin_ns
+
+    ctypedef struct ktk_moe_config:
+        uint32_t struct_size
+        int32_t layer_index
+        int32_t num_experts
+        int32_t top_k
+        int32_t hidden_size
+        int32_t intermediate_size
+        int32_t max_tokens
+        int32_t format
+        int32_t group_size
+        int32_t asymmetric
+        int32_t strict
+        float swiglu_limit
+        float swiglu_alpha
+        const char *isa
+        const uint8_t *gpu_experts_mask
+
+    ctypedef struct ktk_expert_weights:
+        uint32_t struct_size
+        int32_t dtype
+        const void *gate
+        const void *up
+        const void *down
+        const float *gate_bias
+        const float *up_bias
+        const float *down_bias
+
+    ctypedef struct ktk_forward_args:
+        uint32_t struct_size
+        int32_t top_k
+        const int32_t *num_tokens
+        const int64_t *expert_ids
+        const float *expert_weights
+        const void *input
+        void *output
+        int32_t input_dtype
+        int32_t output_dtype
+        int32_t incremental
+
+    const char *ktk_last_error()
+    const char *ktk_version()
+    int32_t ktk_abi_version()
+
+    int32_t ktk_isa_count()
+    const char *ktk_isa_name(int32_t index)
+    ktk_status ktk_isa_check(const char *name)
+    ktk_status ktk_isa_default(const char **name)
+    ktk_status ktk_isa_kernel(const char *isa, int32_t format, int32_t rows, const char **kernel)
+
+    ktk_status ktk_machine_json(char *buffer, size_t capacity, size_t *needed)
+
+    ktk_status ktk_pool_create(const ktk_pool_config *config, ktk_pool **pool)
+    ktk_status ktk_pool_destroy(ktk_pool *pool)
+    ktk_status ktk_pool_threads(const ktk_pool *pool, int32_t *subpool_count, int32_t *thread_count)
+    const char *ktk_pool_warnings(const ktk_pool *pool)
+
+    ktk_status ktk_moe_create(const ktk_moe_config *config, ktk_pool *pool, ktk_moe **moe)
+    ktk_status ktk_moe_destroy(ktk_moe *moe)
+    ktk_status ktk_moe_pack_expert(ktk_moe *moe, int32_t expert, const ktk_expert_weights *weights)
+    ktk_status ktk_moe_part_bytes(const ktk_moe *moe, int32_t part, size_t *bytes)
+    ktk_status ktk_moe_export_part(const ktk_moe *moe, int32_t expert, int32_t part, void *buffer, size_t bytes)
+    ktk_status ktk_moe_import_part(ktk_moe *moe, int32_t expert, int32_t part, const void *buffer, size_t bytes)
+    ktk_status ktk_moe_weight_bytes(const ktk_moe *moe, size_t *bytes)
+    ktk_status ktk_moe_isa(const ktk_moe *moe, const char **name)
+    ktk_status ktk_moe_forward(ktk_moe *moe, const ktk_forward_args *args)
+
+    ktk_status ktk_queue_create(ktk_pool *pool, ktk_queue **queue)
+    ktk_status ktk_queue_destroy(ktk_queue *queue)
+    ktk_status ktk_queue_submit(ktk_queue *queue, ktk_task_fn function, void *context)
+    ktk_status ktk_queue_submit_forward(ktk_queue *queue, ktk_moe *moe, const ktk_forward_args *args)
+    ktk_status ktk_queue_sync(ktk_queue *queue, int32_t allow_n_pending)
+    ktk_status ktk_queue_submit_forward_with_cuda_stream(ktk_queue *queue, uintptr_t stream, ktk_moe *moe,
+                                                         const ktk_forward_args *args)
+    ktk_status ktk_queue_submit_with_cuda_stream(ktk_queue *queue, uintptr_t stream, ktk_task_fn function,
+                                                 void *context)
+    ktk_status ktk_queue_sync_with_cuda_stream(ktk_queue *queue, uintptr_t stream, int32_t allow_n_pending)
+    ktk_status ktk_queue_pending(const ktk_queue *queue, int64_t *pending)
