@@ -6,7 +6,9 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from reference.moe import Activation, Layer, output_tolerance, shards_of
+
+from reference.activation import activate, exponential
+from reference.moe import Activation, Bounded, Layer, output_tolerance, shards_of
 from reference.packing import PART_NAMES, Format, pack, unpack_weight
 from reference.quantise import QuantisedMatrix, quantise_int4, quantise_int8, quantise_symmetric8
 from reference.rounding import BF16, F16, F32, U32, fma32, round_bf16, round_to, ulp
@@ -155,10 +157,6 @@ def test_bounds_are_a_few_steps_of_the_output_type(form: Format) -> None:
 @pytest.mark.parametrize("form", [f for f in FORMATS if f.integer], ids=str)
 @pytest.mark.parametrize("shards", [1, 3])
 def test_both_models_of_the_integer_formats_agree(form: Format, shards: int) -> None:
-    def activate(gate, up, activation):  # type: ignore[no-untyped-def]
-        with np.errstate(over="ignore"):
-            return (gate / (np.float32(1) + np.exp(-gate)) * up).astype(np.float32)
-
     rng = np.random.default_rng(7)
     experts = [make_weights(rng, 100, 300, biases=True) for _ in range(3)]
     x = rng.standard_normal((6, 100)).astype(np.float32)
@@ -184,3 +182,22 @@ def test_parts_are_named_in_the_order_of_the_abi() -> None:
     parts = pack(make_weights(np.random.default_rng(9), 20, 10), Format(2, 32, True))
     assert tuple(parts) == PART_NAMES
     assert round_bf16(np.array([1 + U32], np.float32))[0] == 1
+
+
+def test_exponential_is_within_two_steps() -> None:
+    x = np.concatenate([np.linspace(-87.3, 88.7, 200_001), np.linspace(-1, 1, 100_001)]).astype(np.float32)
+    x = np.clip(x, np.float32(-87.3), np.float32(88.7))
+    exact = np.exp(x.astype(np.float64))
+    assert (np.abs(exponential(x) - exact) / ulp(exact, F32)).max() <= 2
+
+
+def test_activation_is_within_its_bound() -> None:
+    rng = np.random.default_rng(10)
+    gate = (rng.standard_normal(100_000) * np.exp2(rng.integers(-10, 7, 100_000))).astype(np.float32)
+    up = rng.standard_normal(gate.size).astype(np.float32)
+    nothing = np.zeros(gate.size)
+    experts = [make_weights(rng, 1, 1)]
+    for activation in (Activation(), Activation(7.0), Activation(7.0, 1.702), Activation(0.0, 0.25)):
+        layer = Layer(experts, Format(1), activation)
+        expected = layer.activate(Bounded(gate.astype(float), nothing), Bounded(up.astype(float), nothing))
+        assert (np.abs(activate(gate, up, activation) - expected.value) <= expected.error).all()

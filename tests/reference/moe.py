@@ -21,9 +21,16 @@ from .rounding import BF16, F32, U32, Array, F32Array, F64Array, fma32, round_bf
 #: Columns of the intermediate that share one activation scale, and the unit that NUMA shards are cut in.
 Z_GROUP = 128
 
-#: Relative error allowed to the fp32 activation function, in units of U32: a few for the exponential, and one
-#: each for the product with alpha, 1 + e, the division, up + 1 and the product.
-ACTIVATION_ULPS = 12
+#: Relative error of the fp32 activation function, in units of U32: 4 for the exponential (two steps), one
+#: each for 1 + e, the division and the product, and one for the terms of second order.
+ACTIVATION_ERROR = 8
+
+#: The exponential of anything larger is that of this, which is finite.
+EXPONENTIAL_END = 88.7
+
+#: n independent errors, each at most a unit, sum to at most n units, and to more than CONFIDENCE * sqrt(n)
+#: with a probability below 1e-13. bf16 sums of many terms use whichever is less.
+CONFIDENCE = 8.0
 
 IdArray = npt.NDArray[np.int64]
 
@@ -68,6 +75,15 @@ def shards_of(intermediate_size: int, count: int) -> list[slice]:
         out.append(slice(min(start, intermediate_size), min(end, intermediate_size)))
         start = end
     return out
+
+
+def segments_of(columns: slice, weight_group: int, input_group: int) -> list[slice]:
+    """Runs of `columns` with one weight scale and one input scale; a group of 0 is all columns."""
+    edges = {columns.start, columns.stop}
+    for size in (weight_group, input_group):
+        if size:
+            edges.update(edge for edge in range(0, columns.stop, size) if edge > columns.start)
+    return [slice(start, stop) for start, stop in itertools.pairwise(sorted(edges))]
 
 
 class Layer:
@@ -124,27 +140,33 @@ class Layer:
 
     # ---- float64 with bounds ----------------------------------------------------------------------
 
-    def _matmul(self, x: Bounded, matrix: QuantisedMatrix | F32Array, bias: F32Array) -> Bounded:
+    def _matmul(
+        self, x: Bounded, matrix: QuantisedMatrix | F32Array, bias: F32Array, input_group: int = 0
+    ) -> Bounded:
         """x @ matrix.T + bias; the error of `x` and of the fp32 sums carried along."""
         weight = _values(matrix)
         magnitude = np.abs(x.value) @ np.abs(weight).T
         value = x.value @ weight.T
         if self.form.integer:
-            # Per segment: the integer sum to fp32, the product of the scales, the fused multiply-add. A
-            # group of weights and one of activations start a segment each.
-            additions = 2 + len(groups_of(weight.shape[1], self.form.group)) + -(-weight.shape[1] // Z_GROUP)
+            # For each segment the integer sum to fp32 and the product of the scales; and an addition each.
+            columns = slice(0, weight.shape[1])
+            additions = 2 + len(segments_of(columns, self.form.group, input_group))
         else:
-            additions = weight.shape[1]
+            additions = min(weight.shape[1], int(CONFIDENCE * np.sqrt(weight.shape[1])))
         error = x.error @ np.abs(weight).T
+        if not self.form.integer:
+            # Which way an ambiguous rounding of the input falls is independent of its weight.
+            error = np.minimum(error, CONFIDENCE * np.sqrt(x.error**2 @ (weight**2).T))
         error = error * (1 + additions * U32) + (additions * U32) * magnitude
         if not self.form.integer:
             # bf16 instructions may read subnormal operands, and write subnormal sums, as zero.
             flushed = 2.0**-126 * (np.abs(weight).sum(axis=1) + np.abs(x.value).sum(axis=1)[:, None])
-            error = error + flushed + additions * 2.0**-126
+            error = error + flushed + weight.shape[1] * 2.0**-126
         value = value + bias
         return Bounded(value, error + U32 * np.abs(value) + U32 * error + 2.0**-149)
 
-    def _activate(self, gate: Bounded, up: Bounded) -> Bounded:
+    def activate(self, gate: Bounded, up: Bounded) -> Bounded:
+        """Intermediate of `gate` and `up`, with their errors carried along."""
         limit, alpha = self.activation.limit, self.activation.alpha
         g, u = gate.value, up.value
         if limit > 0:
@@ -156,17 +178,14 @@ class Layer:
         if alpha > 0:
             u = u + 1
         value = half * u
-        # |d/dg g sigmoid(slope g)| < 1.1 whatever the slope; exp(-slope g) has a relative condition of
-        # |slope g|, and rounding slope * g therefore costs that many units.
+        # Whatever the slope, |d/dg (g sigmoid(slope g))| < 1.1. Rounding slope * g costs the exponential
+        # |slope g| units, and rounding up + 1 one.
         half_error = 1.1 * gate.error
-        relative = ACTIVATION_ULPS * U32
-        conditioned = (np.abs(slope * g) * U32 if alpha > 0 else 0.0) + relative
-        error = half_error * (np.abs(u) + up.error) + np.abs(half) * up.error
-        if alpha > 0:
-            error = error + np.abs(half) * U32 * np.abs(u)
-        # Below exp's range the result may flush to zero.
-        error = error + conditioned * np.abs(value) + 2.0**-115 * (1 + np.abs(u))
-        return Bounded(value, error)
+        relative = ACTIVATION_ERROR + (1 + np.abs(slope * g) if alpha > 0 else 0.0)
+        error = half_error * (np.abs(u) + up.error) + np.abs(half) * up.error + relative * U32 * np.abs(value)
+        # Past the end of the exponential's range a quotient stands where a number near zero should.
+        past = (-slope * g > EXPONENTIAL_END - 1) * np.abs(g) * (1.001 * np.exp(-EXPONENTIAL_END))
+        return Bounded(value, error + past * np.abs(u) + 2.0**-149)
 
     def _requantise(self, z: Bounded) -> Bounded:
         """Intermediate as the down product reads it; an ambiguous rounding counts with its whole step."""
@@ -249,15 +268,15 @@ class Layer:
             part = Bounded(quantised.value[where], quantised.error[where])
             gate = self._matmul(part, expert.gate, expert.gate_bias)
             up = self._matmul(part, expert.up, expert.up_bias)
-            y = self._matmul(self._requantise(self._activate(gate, up)), expert.down, expert.down_bias)
+            z = self._requantise(self.activate(gate, up))
+            y = self._matmul(z, expert.down, expert.down_bias, Z_GROUP)
             w = weights[where, slot].astype(np.float64)[:, None]
             value[where] += w * y.value
             error[where] += np.abs(w) * y.error
             magnitude[where] += np.abs(w) * (np.abs(y.value) + y.error)
             if shards > 1:
                 # Partial sums of shards may cancel; what they sum to is bounded by the sum of magnitudes.
-                z = np.abs(self._requantise(self._activate(gate, up)).value)
-                magnitude[where] += np.abs(w) * (z @ np.abs(_values(expert.down)).T)
+                magnitude[where] += np.abs(w) * (np.abs(z.value) @ np.abs(_values(expert.down)).T)
             terms[where] += 1
         error = error + (terms + shards) * U32 * magnitude + 2.0**-149
         if previous is not None:
@@ -268,20 +287,20 @@ class Layer:
     # ---- the integer formats, fp32 operation by operation ------------------------------------------
 
     def _integer_matmul(
-        self, q: npt.NDArray[np.int8], scale: F32Array, scale_group: int, matrix: QuantisedMatrix, columns: slice
+        self,
+        q: npt.NDArray[np.int8],
+        scale: F32Array,
+        scale_group: int,
+        matrix: QuantisedMatrix,
+        columns: slice,
     ) -> F32Array:
         """fp32 sums over the segments of `columns` in ascending order, before the bias."""
         weight = matrix.centred().astype(np.float64)
-        edges = {columns.start, columns.stop}
-        for size in (matrix.group, scale_group):
-            if size:
-                edges.update(range(columns.start // size * size, columns.stop, size))
-        bounds = sorted(edge for edge in edges if columns.start <= edge <= columns.stop)
         total = np.zeros((q.shape[0], weight.shape[0]), np.float32)
-        for start, stop in itertools.pairwise(bounds):
-            exact = q[:, start:stop].astype(np.float64) @ weight[:, start:stop].T
-            weight_scale = matrix.scale[:, start // matrix.group if matrix.group else 0]
-            input_scale = scale[:, start // scale_group if scale_group else 0]
+        for part in segments_of(columns, matrix.group, scale_group):
+            exact = q[:, part].astype(np.float64) @ weight[:, part].T
+            weight_scale = matrix.scale[:, part.start // matrix.group if matrix.group else 0]
+            input_scale = scale[:, part.start // scale_group if scale_group else 0]
             with np.errstate(invalid="ignore", over="ignore", under="ignore"):
                 both = weight_scale[None, :] * input_scale[:, None]
             total = fma32(exact.astype(np.float32), both, total)

@@ -153,7 +153,7 @@ def _stored_scale(matrix: QuantisedMatrix) -> npt.NDArray[np.generic]:
 
 
 def pack(weights: ExpertWeights, form: Format) -> dict[str, U8Array]:
-    """All parts of one expert as flat bytes, keyed by `PART_NAMES`; empty where the format has no such part."""
+    """All parts of one expert as flat bytes, keyed by `PART_NAMES`; empty where the format has none."""
     gate, up, down = (form.quantise(w) for w in (weights.gate, weights.up, weights.down))
     parts = {name: np.zeros(0, np.uint8) for name in PART_NAMES}
     parts["gate_up_weight"] = _bytes(np.stack([pack_weight(gate, form), pack_weight(up, form)], axis=2))

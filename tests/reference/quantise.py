@@ -115,7 +115,7 @@ def _int4_asymmetric_block(
     high = np.maximum(np.float32(0), block.max(axis=1))
     with np.errstate(over="ignore"):
         spread = high - low
-    usable = spread >= TINY
+    usable = np.abs(block).max(axis=1) >= TINY
     scale = np.where(usable, round_bf16(spread / np.float32(15)), np.float32(0)).astype(np.float32)
     inverse = np.float32(1) / np.where(usable, scale, np.float32(1))
     zero = np.clip(np.rint(-low * inverse), 0, 15)
