@@ -1,0 +1,240 @@
+"""Configuration of a layer, and the one table of weight formats and method names."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from ktk.errors import KtkArgumentError
+
+__all__ = ["FORMATS", "METHODS", "FormatInfo", "LayerConfig", "format_info", "format_of_method"]
+
+MAX_SIZE = 65536
+"""Largest hidden and intermediate size, in elements, that the native library takes."""
+
+MAX_INT32 = 2**31 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatInfo:
+    """What the Python layer knows about one weight format.
+
+    Parameters
+    ----------
+    name : str
+        Name for users and file headers: ``"bf16"``, ``"int8"``, ``"int4"``.
+    code : int
+        Value of the C enumeration ``ktk_format``.
+    group_sizes : tuple of int
+        Allowed input columns a scale. 0 stands for one scale a row, or for no scales at all in bf16.
+    default_group_size : int
+        Used where the caller names none.
+    asymmetric : bool
+        Whether the format has a variant with zero points.
+    """
+
+    name: str
+    code: int
+    group_sizes: tuple[int, ...]
+    default_group_size: int
+    asymmetric: bool
+
+
+# int4 defaults to groups of 32: one outlier then costs the accuracy of 32 weights and not of a whole row,
+# which is what makes per-row int4 lose so much, and the scales (bf16) add only half a bit to each weight.
+FORMATS: Mapping[str, FormatInfo] = MappingProxyType(
+    {
+        info.name: info
+        for info in (
+            FormatInfo(name="bf16", code=0, group_sizes=(0,), default_group_size=0, asymmetric=False),
+            FormatInfo(name="int8", code=1, group_sizes=(0,), default_group_size=0, asymmetric=False),
+            FormatInfo(
+                name="int4", code=2, group_sizes=(0, 32, 64, 128), default_group_size=32, asymmetric=True
+            ),
+        )
+    }
+)
+"""Weight formats by name."""
+
+METHODS: Mapping[str, str] = MappingProxyType({"AMXINT4": "int4", "AMXINT8": "int8", "BF16": "bf16"})
+"""Weight format of each method of `ktk.KTMoEWrapper`. The names are historical: all run on every instruction
+set."""
+
+
+def format_info(name: str) -> FormatInfo:
+    """Look a weight format up.
+
+    Parameters
+    ----------
+    name : str
+        ``"bf16"``, ``"int8"`` or ``"int4"``.
+
+    Returns
+    -------
+    FormatInfo
+
+    Raises
+    ------
+    KtkArgumentError
+        If there is no such format; the message lists those there are.
+    """
+    try:
+        return FORMATS[name]
+    except (KeyError, TypeError):
+        raise KtkArgumentError(
+            f"unknown weight format {name!r}; valid formats: {', '.join(FORMATS)}"
+        ) from None
+
+
+def format_of_method(method: str) -> str:
+    """Weight format of a method name of the compatible wrapper.
+
+    Parameters
+    ----------
+    method : str
+        ``"AMXINT4"``, ``"AMXINT8"`` or ``"BF16"``.
+
+    Returns
+    -------
+    str
+        A key of `FORMATS`.
+
+    Raises
+    ------
+    KtkArgumentError
+        If there is no such method; the message lists those there are.
+    """
+    try:
+        return METHODS[method]
+    except (KeyError, TypeError):
+        raise KtkArgumentError(f"unknown method {method!r}; valid methods: {', '.join(METHODS)}") from None
+
+
+def checked_int(name: str, value: object, low: int, high: int = MAX_INT32) -> int:
+    """`value` as an int within `low` .. `high`; `KtkArgumentError` or `TypeError` naming it otherwise."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got bool")
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}") from None
+    if not low <= number <= high:
+        limits = f"at least {low}" if high == MAX_INT32 else f"between {low} and {high}"
+        raise KtkArgumentError(f"{name} must be {limits}, got {number}")
+    return number
+
+
+def _checked_float(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
+    if not math.isfinite(number) or number < 0:
+        raise KtkArgumentError(f"{name} must be finite and at least 0 (0 switches it off), got {number}")
+    return number
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """Shapes, weight format and activation of one layer of experts. Values are checked on construction.
+
+    Parameters
+    ----------
+    num_experts : int
+        Experts of the layer, E.
+    num_experts_per_tok : int
+        Most experts a token is routed to, k; at most `num_experts`.
+    hidden_size : int
+        H, 1 to 65536.
+    intermediate_size : int
+        I of one expert, 1 to 65536.
+    format : str, default "int4"
+        A key of `FORMATS`.
+    group_size : int, optional
+        Input columns that share a scale. int4: 32 (default), 64 or 128, or 0 for one scale a row. Others: 0.
+    asymmetric : bool, default False
+        int4 with groups: one zero point a group.
+    swiglu_limit : float, default 0.0
+        If positive, gate is cut to at most this and up to within plus or minus this before the activation.
+    swiglu_alpha : float, default 0.0
+        If positive, ``gate * sigmoid(alpha * gate) * (up + 1)`` replaces ``silu(gate) * up``.
+    max_tokens : int, default 4096
+        Most tokens in one native forward; sizes scratch memory.
+    strict : bool, default False
+        One kernel family for all batch sizes, so that a token's bits do not depend on the batch it is in.
+    isa : str, optional
+        Instruction set; default: the best that runs here, or the environment variable ``KTK_ISA``.
+    layer_idx : int, default 0
+        Number of the layer within its model.
+
+    Raises
+    ------
+    KtkArgumentError
+        If a value is out of range; the message names it.
+    TypeError
+        If a value has the wrong Python type.
+    """
+
+    num_experts: int
+    num_experts_per_tok: int
+    hidden_size: int
+    intermediate_size: int
+    format: str = "int4"
+    group_size: int | None = None
+    asymmetric: bool = False
+    swiglu_limit: float = 0.0
+    swiglu_alpha: float = 0.0
+    max_tokens: int = 4096
+    strict: bool = False
+    isa: str | None = None
+    layer_idx: int = 0
+
+    def __post_init__(self) -> None:
+        """Check and normalise every field."""
+        info = format_info(self.format)
+        values: dict[str, Any] = {
+            "num_experts": checked_int("num_experts", self.num_experts, 1),
+            "num_experts_per_tok": checked_int("num_experts_per_tok", self.num_experts_per_tok, 1),
+            "hidden_size": checked_int("hidden_size", self.hidden_size, 1, MAX_SIZE),
+            "intermediate_size": checked_int("intermediate_size", self.intermediate_size, 1, MAX_SIZE),
+            "max_tokens": checked_int("max_tokens", self.max_tokens, 1),
+            "layer_idx": checked_int("layer_idx", self.layer_idx, 0),
+            "swiglu_limit": _checked_float("swiglu_limit", self.swiglu_limit),
+            "swiglu_alpha": _checked_float("swiglu_alpha", self.swiglu_alpha),
+        }
+        if values["num_experts_per_tok"] > values["num_experts"]:
+            raise KtkArgumentError(
+                f"num_experts_per_tok must be at most num_experts ({values['num_experts']}), "
+                f"got {values['num_experts_per_tok']}"
+            )
+        group_size = info.default_group_size if self.group_size is None else self.group_size
+        values["group_size"] = checked_int("group_size", group_size, 0)
+        if values["group_size"] not in info.group_sizes:
+            allowed = ", ".join(str(size) for size in info.group_sizes)
+            raise KtkArgumentError(
+                f"group_size of format {info.name} must be one of {allowed}, got {group_size}"
+            )
+        values["asymmetric"] = bool(self.asymmetric)
+        if values["asymmetric"] and not (info.asymmetric and values["group_size"]):
+            raise KtkArgumentError(
+                "asymmetric needs format int4 with a group_size of 32, 64 or 128, "
+                f"got format {info.name} with group_size {values['group_size']}"
+            )
+        values["strict"] = bool(self.strict)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def format_code(self) -> int:
+        """Value of the C enumeration ``ktk_format``."""
+        return FORMATS[self.format].code
+
+    @property
+    def groups(self) -> int:
+        """`group_size` as an int (never None once constructed)."""
+        assert self.group_size is not None
+        return self.group_size

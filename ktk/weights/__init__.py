@@ -1,0 +1,18 @@
+"""Weights on disk: readers of model checkpoints, and the packed file of ktk."""
+
+from __future__ import annotations
+
+from ktk.weights.checkpoint import Checkpoint, CheckpointLayer, ExpertWeights
+from ktk.weights.packed import LAYOUT_VERSION, PackedFile, PackedLayer, PackedWriter, find_packed, packed_path
+
+__all__ = [
+    "LAYOUT_VERSION",
+    "Checkpoint",
+    "CheckpointLayer",
+    "ExpertWeights",
+    "PackedFile",
+    "PackedLayer",
+    "PackedWriter",
+    "find_packed",
+    "packed_path",
+]
