@@ -19,8 +19,8 @@ def _installed(*parts: str) -> Path:
     if not resource.is_file():
         raise ImportError(
             f"{'/'.join(('ktk', '_native', *parts))} is missing from {resources.files('ktk')}: ktk was "
-            "imported from its source tree, or was not built. Install it with `pip install .` and start Python in "
-            "another folder, or install it with `pip install --no-build-isolation -e .`"
+            "imported from its source tree, or was not built. Install it with `pip install .` and start "
+            "Python in another folder, or install it with `pip install --no-build-isolation -e .`"
         )
     return Path(str(resource))
 
