@@ -1,0 +1,364 @@
+// The C ABI: check the arguments' form, call the engine or the runtime, translate failures. No logic.
+#include <algorithm>
+#include <condition_variable>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "core/cpu.h"
+#include "core/dispatch.h"
+#include "core/status.h"
+#include "engine/moe.h"
+#include "engine/scratch.h"
+#include "ktk.h"
+#include "runtime/cuda_shim.h"
+#include "runtime/task_queue.h"
+#include "runtime/topology.h"
+
+struct ktk_pool {
+  std::shared_ptr<ktk::PoolContext> context;
+};
+
+// Outlives ktk_moe_destroy where a captured CUDA graph may still name it, then without the layer.
+struct MoeShell {
+  std::mutex mutex;
+  std::condition_variable idle;
+  int64_t pending = 0;
+  std::unique_ptr<ktk::Moe> moe;
+};
+
+struct ktk_moe {
+  std::shared_ptr<MoeShell> shell;
+  ktk::Moe &operator*() const { return *shell->moe; }
+  ktk::Moe *operator->() const { return shell->moe.get(); }
+};
+
+struct ktk_queue {
+  std::shared_ptr<ktk::PoolContext> context;
+  ktk::TaskQueue queue;
+  explicit ktk_queue(std::shared_ptr<ktk::PoolContext> owner)
+      : context(std::move(owner)), queue(context->pool) {}
+};
+
+namespace {
+
+using ktk::fail;
+using ktk::require;
+
+template <typename Call>
+ktk_status guard(Call call) noexcept {
+  try {
+    ktk::set_last_error("");
+    call();
+    return KTK_OK;
+  } catch (...) {
+    std::string message;
+    const ktk_status status = ktk::current_exception_status(&message);
+    ktk::set_last_error(message.c_str());
+    return status;
+  }
+}
+
+template <typename T>
+T &at(T *pointer, const char *name) {
+  require(pointer != nullptr, name, " is null");
+  return *pointer;
+}
+
+// A copy of a struct that may come from a caller built against a newer header, as long as what this
+// library does not know is zero.
+template <typename T>
+T read_struct(const T *caller, const char *name) {
+  const uint32_t size = at(caller, name).struct_size;
+  require(size >= sizeof(T), name, ".struct_size is ", size, ", expected at least ", sizeof(T),
+          "; set it to sizeof(struct)");
+  const auto *bytes = reinterpret_cast<const unsigned char *>(caller);
+  require(std::all_of(bytes + sizeof(T), bytes + size, [](unsigned char byte) { return byte == 0; }), name,
+          " sets fields that this library (ABI ", KTK_ABI_VERSION, ") does not know; update libktk");
+  return *caller;
+}
+
+struct ForwardTask {
+  std::shared_ptr<MoeShell> shell;
+  ktk_forward_args args;
+  bool counted;  // among the layer's pending tasks from submission on
+
+  static void enter(MoeShell &shell) {
+    const std::lock_guard<std::mutex> lock(shell.mutex);
+    if (shell.moe == nullptr)
+      fail(KTK_ERR_STATE, "the layer is closed; a CUDA graph that captured it was replayed");
+    shell.pending++;
+  }
+  static void leave(MoeShell &shell) {
+    const std::lock_guard<std::mutex> lock(shell.mutex);
+    if (--shell.pending == 0) shell.idle.notify_all();
+  }
+
+  static void run(void *context) {
+    const auto &task = *static_cast<ForwardTask *>(context);
+    if (!task.counted) enter(*task.shell);
+    struct Leave {
+      MoeShell *shell;
+      ~Leave() {
+        if (shell != nullptr) leave(*shell);
+      }
+    } leave_at_end{task.counted ? nullptr : task.shell.get()};
+    try {
+      task.shell->moe->forward(task.args);
+    } catch (...) {
+      task.shell->moe->poison(task.args);
+      throw;
+    }
+  }
+  static void done(void *context) {
+    const std::unique_ptr<ForwardTask> task(static_cast<ForwardTask *>(context));
+    if (task->counted) leave(*task->shell);
+  }
+};
+
+template <typename Submit>
+void submit_forward(ktk_moe *moe, const ktk_forward_args *args, bool captured, Submit submit) {
+  const ktk_forward_args copy = read_struct(args, "args");
+  at(moe, "moe")->check(copy);
+  auto task = std::make_unique<ForwardTask>(ForwardTask{moe->shell, copy, !captured});
+  if (task->counted) ForwardTask::enter(*moe->shell);
+  try {
+    submit(ktk::Task{ForwardTask::run, ForwardTask::done, task.get()});
+  } catch (...) {
+    if (task->counted) ForwardTask::leave(*moe->shell);
+    throw;
+  }
+  task.release();
+}
+
+struct CallerTask {
+  ktk_task_fn function;
+  void *context;
+
+  static void run(void *context) {
+    const auto &task = *static_cast<CallerTask *>(context);
+    const int32_t result = task.function(task.context);
+    if (result != 0) fail(KTK_ERR_INTERNAL, "a submitted task returned ", result);
+  }
+  static void done(void *context) { delete static_cast<CallerTask *>(context); }
+};
+
+template <typename Submit>
+void submit_function(ktk_task_fn function, void *context, Submit submit) {
+  require(function != nullptr, "function is null");
+  auto task = std::make_unique<CallerTask>(CallerTask{function, context});
+  submit(ktk::Task{CallerTask::run, CallerTask::done, task.get(), true});
+  task.release();
+}
+
+const ktk::FormatKernels &format_of(const ktk::Backend &backend, int32_t format) {
+  require(format >= KTK_FORMAT_BF16 && format <= KTK_FORMAT_INT4, "format ", format,
+          " is unknown; use 0 (bf16), 1 (int8) or 2 (int4)");
+  return backend.formats[format];
+}
+
+// "vector_int8_avx2", "tile_bf16_amx": built once, since callers keep the pointer.
+const char *kernel_name(const ktk::Backend &backend, int32_t format, bool tile) {
+  static const std::vector<std::string> names = [] {
+    std::vector<std::string> all;
+    for (const ktk::Backend *each : ktk::backends()) {
+      for (const ktk::FormatKernels &kernels : each->formats) {
+        for (const char *kind : {"vector_", "tile_"})
+          all.push_back(kind + std::string(kernels.name) + "_" + each->name);
+      }
+    }
+    return all;
+  }();
+  const auto &backends = ktk::backends();
+  const auto index =
+      static_cast<size_t>(std::find(backends.begin(), backends.end(), &backend) - backends.begin());
+  return names[(index * 3 + static_cast<size_t>(format)) * 2 + (tile ? 1 : 0)].c_str();
+}
+
+}  // namespace
+
+extern "C" {
+
+const char *ktk_last_error(void) { return ktk::last_error(); }
+const char *ktk_version(void) { return KTK_VERSION; }
+int32_t ktk_abi_version(void) { return KTK_ABI_VERSION; }
+
+int32_t ktk_isa_count(void) { return static_cast<int32_t>(ktk::backends().size()); }
+
+const char *ktk_isa_name(int32_t index) {
+  return index >= 0 && index < ktk_isa_count() ? ktk::backends()[static_cast<size_t>(index)]->name : nullptr;
+}
+
+ktk_status ktk_isa_check(const char *name) {
+  return guard([&] { ktk::runnable_backend(&at(name, "name")); });
+}
+
+ktk_status ktk_isa_default(const char **name) {
+  return guard([&] { at(name, "name") = ktk::default_backend().name; });
+}
+
+ktk_status ktk_isa_kernel(const char *isa, int32_t format, int32_t rows, const char **kernel) {
+  return guard([&] {
+    const ktk::Backend &backend = ktk::runnable_backend(isa);
+    const int32_t tile_rows = format_of(backend, format).tile_rows;
+    require(rows > 0, "rows must be positive, got ", rows);
+    at(kernel, "kernel") = kernel_name(backend, format, tile_rows > 0 && rows >= tile_rows);
+  });
+}
+
+ktk_status ktk_machine_json(char *buffer, size_t capacity, size_t *needed) {
+  return guard([&] {
+    const std::string json = ktk::machine_json();
+    at(needed, "needed") = json.size() + 1;
+    require(capacity > json.size(), "capacity is ", capacity, ", the description needs ", json.size() + 1);
+    std::memcpy(&at(buffer, "buffer"), json.c_str(), json.size() + 1);
+  });
+}
+
+ktk_status ktk_pool_create(const ktk_pool_config *config, ktk_pool **pool) {
+  return guard([&] {
+    const ktk_pool_config copy = read_struct(config, "config");
+    require(copy.subpool_count > 0, "subpool_count must be positive, got ", copy.subpool_count);
+    require(copy.subpool_thread_count != nullptr, "subpool_thread_count is null");
+    std::vector<ktk::SubpoolConfig> subpools;
+    for (int32_t i = 0; i < copy.subpool_count; i++) {
+      subpools.push_back(
+          {copy.subpool_numa_map != nullptr ? copy.subpool_numa_map[i] : i, copy.subpool_thread_count[i]});
+    }
+    auto context =
+        std::make_shared<ktk::PoolContext>(std::move(subpools), copy.bind_threads != 0, copy.spin_ns);
+    at(pool, "pool") = new ktk_pool{std::move(context)};
+  });
+}
+
+ktk_status ktk_pool_destroy(ktk_pool *pool) {
+  return guard([&] {
+    if (at(pool, "pool").context.use_count() > 1) {
+      fail(KTK_ERR_STATE, "layers or queues still use the pool; destroy them first");
+    }
+    delete pool;
+  });
+}
+
+ktk_status ktk_pool_threads(const ktk_pool *pool, int32_t *subpool_count, int32_t *thread_count) {
+  return guard([&] {
+    at(subpool_count, "subpool_count") = at(pool, "pool").context->pool.subpools();
+    at(thread_count, "thread_count") = pool->context->pool.thread_count();
+  });
+}
+
+const char *ktk_pool_warnings(const ktk_pool *pool) {
+  return pool != nullptr ? pool->context->pool.warnings().c_str() : "";
+}
+
+ktk_status ktk_moe_create(const ktk_moe_config *config, ktk_pool *pool, ktk_moe **moe) {
+  return guard([&] {
+    const ktk_moe_config copy = read_struct(config, "config");
+    auto shell = std::make_shared<MoeShell>();
+    shell->moe = std::make_unique<ktk::Moe>(copy, at(pool, "pool").context);
+    at(moe, "moe") = new ktk_moe{std::move(shell)};
+  });
+}
+
+ktk_status ktk_moe_destroy(ktk_moe *moe) {
+  return guard([&] {
+    MoeShell &shell = *at(moe, "moe").shell;
+    std::unique_ptr<ktk::Moe> layer;
+    {
+      std::unique_lock<std::mutex> lock(shell.mutex);
+      shell.idle.wait(lock, [&] { return shell.pending == 0; });
+      layer = std::move(shell.moe);
+    }
+    delete moe;
+  });
+}
+
+ktk_status ktk_moe_pack_expert(ktk_moe *moe, int32_t expert, const ktk_expert_weights *weights) {
+  return guard([&] { at(moe, "moe")->store().pack(expert, read_struct(weights, "weights")); });
+}
+
+ktk_status ktk_moe_part_bytes(const ktk_moe *moe, int32_t part, size_t *bytes) {
+  return guard([&] {
+    require(part >= KTK_PART_GATE_UP_WEIGHT && part <= KTK_PART_DOWN_BIAS, "part ", part,
+            " does not exist; parts are 0 to ", int{KTK_PART_DOWN_BIAS});
+    at(bytes, "bytes") = at(moe, "moe")->store().part_bytes(static_cast<ktk_part>(part));
+  });
+}
+
+ktk_status ktk_moe_export_part(const ktk_moe *moe, int32_t expert, int32_t part, void *buffer, size_t bytes) {
+  return guard(
+      [&] { at(moe, "moe")->store().export_part(expert, static_cast<ktk_part>(part), buffer, bytes); });
+}
+
+ktk_status ktk_moe_import_part(ktk_moe *moe, int32_t expert, int32_t part, const void *buffer, size_t bytes) {
+  return guard(
+      [&] { at(moe, "moe")->store().import_part(expert, static_cast<ktk_part>(part), buffer, bytes); });
+}
+
+ktk_status ktk_moe_weight_bytes(const ktk_moe *moe, size_t *bytes) {
+  return guard([&] { at(bytes, "bytes") = static_cast<size_t>(at(moe, "moe")->store().bytes()); });
+}
+
+ktk_status ktk_moe_isa(const ktk_moe *moe, const char **name) {
+  return guard([&] { at(name, "name") = at(moe, "moe")->backend().name; });
+}
+
+ktk_status ktk_moe_forward(ktk_moe *moe, const ktk_forward_args *args) {
+  return guard([&] { at(moe, "moe")->forward(read_struct(args, "args")); });
+}
+
+ktk_status ktk_queue_create(ktk_pool *pool, ktk_queue **queue) {
+  return guard([&] { at(queue, "queue") = new ktk_queue(at(pool, "pool").context); });
+}
+
+ktk_status ktk_queue_destroy(ktk_queue *queue) {
+  return guard([&] { delete &at(queue, "queue"); });
+}
+
+ktk_status ktk_queue_submit(ktk_queue *queue, ktk_task_fn function, void *context) {
+  return guard([&] {
+    ktk::TaskQueue &tasks = at(queue, "queue").queue;
+    submit_function(function, context, [&](const ktk::Task &task) { tasks.submit(task); });
+  });
+}
+
+ktk_status ktk_queue_submit_forward(ktk_queue *queue, ktk_moe *moe, const ktk_forward_args *args) {
+  return guard([&] {
+    ktk::TaskQueue &tasks = at(queue, "queue").queue;
+    submit_forward(moe, args, false, [&](const ktk::Task &task) { tasks.submit(task); });
+  });
+}
+
+ktk_status ktk_queue_sync(ktk_queue *queue, int32_t allow_n_pending) {
+  return guard([&] { at(queue, "queue").queue.sync(allow_n_pending); });
+}
+
+ktk_status ktk_queue_submit_forward_with_cuda_stream(ktk_queue *queue, uintptr_t stream, ktk_moe *moe,
+                                                     const ktk_forward_args *args) {
+  return guard([&] {
+    ktk::TaskQueue &tasks = at(queue, "queue").queue;
+    submit_forward(moe, args, ktk::stream_is_capturing(stream),
+                   [&](const ktk::Task &task) { ktk::submit_on_stream(tasks, stream, task); });
+  });
+}
+
+ktk_status ktk_queue_submit_with_cuda_stream(ktk_queue *queue, uintptr_t stream, ktk_task_fn function,
+                                             void *context) {
+  return guard([&] {
+    ktk::TaskQueue &tasks = at(queue, "queue").queue;
+    submit_function(function, context,
+                    [&](const ktk::Task &task) { ktk::submit_on_stream(tasks, stream, task); });
+  });
+}
+
+ktk_status ktk_queue_sync_with_cuda_stream(ktk_queue *queue, uintptr_t stream, int32_t allow_n_pending) {
+  return guard([&] { ktk::sync_on_stream(at(queue, "queue").queue, stream, allow_n_pending); });
+}
+
+ktk_status ktk_queue_pending(const ktk_queue *queue, int64_t *pending) {
+  return guard([&] { at(pending, "pending") = at(queue, "queue").queue.pending(); });
+}
+
+}  // extern "C"

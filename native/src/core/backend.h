@@ -1,0 +1,148 @@
+// The table through which the engine reaches the kernels of one instruction set.
+//
+// This header is read both by baseline code and by code built for an instruction set, so it holds
+// plain data only: no function with a body, nothing from the standard library but fixed-width integers.
+//
+// Activations ("rows") of one expert lie in blocks of up to 16 rows. Within a block the K steps of 64
+// bytes follow each other, and within a step the rows: [step][row of the block][64 bytes]. A block is
+// therefore a run of tile operands, and a single row is contiguous. `rows_block_bytes` in
+// kernels/rows.h is the one place that computes the addresses.
+#pragma once
+
+#include <cstdint>
+
+namespace ktk {
+
+constexpr int kPanelColumns = 16;        // output neurons of one panel: a tile's columns, a vector's lanes
+constexpr int kBlockRows = 16;           // rows of one block of activations: a tile's rows
+constexpr int kStepBytes = 64;           // bytes of K that one step advances each row
+constexpr int kIntermediateGroup = 128;  // columns of the intermediate that share one activation scale
+constexpr int kPassRows = 128;           // rows of one pass over a weight panel (see kernels/expert.h)
+
+// One projection as the kernels see it: K is cut into steps, and steps into segments, within which
+// integer products share one weight scale and one activation scale.
+struct Gemm {
+  int32_t depth;          // K: input columns
+  int32_t steps;          // ceil(depth / columns of a step)
+  int32_t segments;       // 1 for bf16
+  int32_t segment_steps;  // steps in a segment
+  int32_t halves;         // 2: each step holds two segments of 32 columns, else 1
+  int32_t segments_per_weight_group;
+  int32_t segments_per_row_group;
+  int32_t weight_groups;  // scales along K, for one output row
+  int32_t row_groups;     // activation scales along K, 0 for bf16
+  int32_t group_columns;  // weight group size, depth for one scale a row; 0: no scales
+  int32_t scale_is_bf16;
+  int32_t asymmetric;
+};
+
+// One expert's activations; scale [rows][row_groups], sum [rows][segments]: integer formats only.
+struct Rows {
+  uint8_t *data;
+  float *scale;
+  int32_t *sum;
+};
+
+// One packed projection of one expert in one shard.
+struct Weights {
+  const uint8_t *tiles;
+  const uint8_t *scale;
+  const uint8_t *zero;
+};
+
+struct QuantiseArgs {
+  const Gemm *gemm;
+  const void *input;  // [tokens][depth], row-major
+  int32_t dtype;      // ktk_dtype
+  int32_t first, last;
+  Rows rows;  // single rows: row t at t * steps * 64 bytes
+};
+
+struct GatherArgs {
+  const Gemm *gemm;
+  Rows from;              // single rows, by token
+  const int32_t *tokens;  // [count], those of one block
+  int32_t count;          // 1 .. 16
+  Rows to;                // the block
+};
+
+struct GateUpArgs {
+  const Gemm *gemm;        // depth = hidden size
+  const Gemm *next;        // depth = the shard's intermediate size: how `output` is laid out
+  Weights weights;         // the expert's, all panels of the shard
+  const float *gate_bias;  // the shard's, or null
+  const float *up_bias;
+  Rows input;
+  Rows output;
+  int32_t rows;
+  int32_t first_column, last_column;  // of the shard; first is a multiple of kIntermediateGroup
+  float limit, alpha;
+  int32_t strict;
+  float *scratch;  // kGateUpScratchFloats
+};
+
+constexpr int kGateUpScratchFloats = kPassRows * kIntermediateGroup;
+
+struct DownArgs {
+  const Gemm *gemm;  // depth = the shard's intermediate size
+  Weights weights;
+  const float *bias;  // [hidden size] or null
+  Rows input;
+  const int32_t *tokens;        // [rows]
+  const float *expert_weights;  // [rows]
+  int32_t rows;
+  int32_t hidden_size;
+  int32_t first_panel, last_panel;
+  int32_t strict;
+  float *sum;  // [tokens][(last_panel - first_panel) * 16]
+};
+
+struct FinishArgs {
+  const float *const *parts;  // [part_count], summed in order; [tokens][part_stride]
+  int32_t part_count;
+  int64_t part_stride;
+  int32_t first_token, last_token;
+  int32_t first_column, last_column;  // of the output
+  int64_t hidden_size;
+  void *output;  // [tokens][hidden_size]
+  int32_t dtype;
+  int32_t incremental;
+};
+
+struct PackArgs {
+  const Gemm *gemm;
+  const void *const *rows;  // [16] row pointers of full_depth values; null: padding
+  int32_t dtype;
+  int32_t full_depth;    // columns of the unsharded row, over which a row scale is taken
+  int32_t first_column;  // where the shard's columns begin
+  uint8_t *tiles;        // of step s: tiles + s * step_stride_bytes
+  int64_t step_stride_bytes;
+  uint8_t *scale;  // of group g: 16 scales at element g * group_stride
+  uint8_t *zero;
+  int64_t group_stride;
+};
+
+struct FormatKernels {
+  const char *name;
+  int32_t tile_bytes;
+  int32_t step_columns;
+  int32_t zero_point;  // what a stored value of 0 means, for symmetric weights
+  int32_t integer;     // int8 activations with scales, else bf16
+  int32_t tile_rows;   // rows from which the matrix-unit kernel is used; 0: never
+  void (*quantise)(const QuantiseArgs *);
+  void (*gather)(const GatherArgs *);
+  void (*gate_up)(const GateUpArgs *);
+  void (*down)(const DownArgs *);
+  // Returns 0, or 1 when a weight is not finite.
+  int32_t (*pack)(const PackArgs *);
+};
+
+struct Backend {
+  const char *name;
+  uint32_t needs;     // CpuRequirement bits
+  int32_t automatic;  // may be chosen without being named
+  void (*finish)(const FinishArgs *);
+  FormatKernels formats[3];  // by ktk_format
+};
+
+}  // namespace ktk

@@ -1,0 +1,314 @@
+#include "engine/expert_store.h"
+
+#include <atomic>
+#include <cmath>
+#include <cstring>
+
+#include "core/status.h"
+#include "engine/sections.h"
+
+namespace ktk {
+namespace {
+
+constexpr int kPartCount = 9;
+constexpr int64_t kLine = 64;
+constexpr int64_t kPage = 4096;
+
+constexpr const char *kPartNames[kPartCount] = {"gate/up weight", "gate/up scale", "gate/up zero point",
+                                                "down weight",    "down scale",    "down zero point",
+                                                "gate bias",      "up bias",       "down bias"};
+
+int64_t scale_bytes(const Gemm &gemm) { return gemm.scale_is_bf16 ? 2 : 4; }
+
+// Bytes of each part for a layer or shard with these projections.
+int64_t bytes_of(ktk_part part, const FormatKernels &kernels, const Gemm &gate_up, const Gemm &down,
+                 int64_t intermediate, int64_t hidden) {
+  const int64_t gate_panels = divide_up(intermediate, kPanelColumns);
+  const int64_t down_panels = divide_up(hidden, kPanelColumns);
+  const int64_t gate_scales = gate_panels * gate_up.weight_groups * 2 * kPanelColumns;
+  const int64_t down_scales = down_panels * down.weight_groups * kPanelColumns;
+  switch (part) {
+    case KTK_PART_GATE_UP_WEIGHT:
+      return gate_panels * gate_up.steps * 2 * kernels.tile_bytes;
+    case KTK_PART_GATE_UP_SCALE:
+      return gate_scales * scale_bytes(gate_up);
+    case KTK_PART_GATE_UP_ZERO:
+      return gate_up.asymmetric ? gate_scales : 0;
+    case KTK_PART_DOWN_WEIGHT:
+      return down_panels * down.steps * kernels.tile_bytes;
+    case KTK_PART_DOWN_SCALE:
+      return down_scales * scale_bytes(down);
+    case KTK_PART_DOWN_ZERO:
+      return down.asymmetric ? down_scales : 0;
+    case KTK_PART_GATE_BIAS:
+    case KTK_PART_UP_BIAS:
+      return intermediate * 4;
+    case KTK_PART_DOWN_BIAS:
+      return hidden * 4;
+  }
+  return 0;
+}
+
+// Whether `count` values of `width` bytes, bf16 or fp32, are all finite.
+bool all_finite(const void *values, int64_t count, int64_t width) {
+  for (int64_t i = 0; i < count; i++) {
+    uint32_t bits = 0;
+    if (width == 4) {
+      std::memcpy(&bits, static_cast<const uint8_t *>(values) + i * 4, 4);
+    } else {
+      uint16_t half;
+      std::memcpy(&half, static_cast<const uint8_t *>(values) + i * 2, 2);
+      bits = uint32_t{half} << 16;
+    }
+    if ((bits & 0x7f800000u) == 0x7f800000u) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+ExpertStore::ExpertStore(const ktk_moe_config &config, const FormatKernels &kernels, WorkerPool &pool)
+    : kernels_(kernels),
+      pool_(pool),
+      layer_index_(config.layer_index),
+      num_experts_(config.num_experts),
+      hidden_size_(config.hidden_size),
+      intermediate_size_(config.intermediate_size),
+      present_(static_cast<size_t>(config.num_experts)) {
+  const bool asymmetric = config.asymmetric != 0;
+  const auto gate_up = [&] { return make_gemm(kernels, hidden_size_, config.group_size, asymmetric, 0); };
+  const auto down = [&](int32_t depth) {
+    return make_gemm(kernels, depth, config.group_size, asymmetric, kIntermediateGroup);
+  };
+  gate_up_ = gate_up();
+  down_ = down(intermediate_size_);
+  const std::vector<ShardRange> ranges = split_intermediate(intermediate_size_, pool.subpools());
+  for (size_t i = 0; i < ranges.size(); i++) {
+    Shard shard{};
+    shard.range = ranges[i];
+    shard.gate_up = gate_up();
+    shard.down = down(shard.columns());
+    shard.panels = divide_up(shard.columns(), kPanelColumns);
+    if (!shard.empty()) {
+      int64_t offset = 0;
+      for (int p = 0; p < kPartCount; p++) {
+        const auto part = static_cast<ktk_part>(p);
+        shard.part_offset[p] = offset;
+        const int64_t columns = part >= KTK_PART_GATE_BIAS ? shard.panels * kPanelColumns : shard.columns();
+        const int64_t hidden = align_up(hidden_size_, kPanelColumns);
+        offset += align_up(bytes_of(part, kernels, shard.gate_up, shard.down, columns, hidden), kLine);
+      }
+      shard.slot_bytes = align_up(offset, kPage);
+      shard.memory = NodeBuffer(static_cast<size_t>(shard.slot_bytes * num_experts_),
+                                pool.node(static_cast<int>(i)), true);
+    }
+    shards_.push_back(std::move(shard));
+  }
+}
+
+uint32_t ExpertStore::needed_parts() const {
+  uint32_t needed = 0;
+  for (int p = 0; p < KTK_PART_GATE_BIAS; p++) {
+    if (part_bytes(static_cast<ktk_part>(p)) > 0) needed |= 1u << p;
+  }
+  return needed;
+}
+
+bool ExpertStore::loaded(int32_t expert) const {
+  const uint32_t needed = needed_parts();
+  return (present_[static_cast<size_t>(expert)] & needed) == needed;
+}
+
+int64_t ExpertStore::bytes() const {
+  int64_t slot = 0, count = 0;
+  for (const Shard &shard : shards_) slot += shard.slot_bytes;
+  for (int32_t expert = 0; expert < num_experts_; expert++) count += loaded(expert);
+  return slot * count;
+}
+
+uint8_t *ExpertStore::slot(const Shard &shard, int32_t expert, ktk_part part) const {
+  const char *memory = shard.memory.data() + expert * shard.slot_bytes + shard.part_offset[part];
+  return reinterpret_cast<uint8_t *>(const_cast<char *>(memory));
+}
+
+const uint8_t *ExpertStore::part(int shard, int32_t expert, ktk_part part) const {
+  return slot(shards_[static_cast<size_t>(shard)], expert, part);
+}
+
+const float *ExpertStore::bias(int shard, int32_t expert, ktk_part part) const {
+  if (!(present_[static_cast<size_t>(expert)] >> part & 1)) return nullptr;
+  return reinterpret_cast<const float *>(slot(shards_[static_cast<size_t>(shard)], expert, part));
+}
+
+size_t ExpertStore::part_bytes(ktk_part part) const {
+  return static_cast<size_t>(bytes_of(part, kernels_, gate_up_, down_, intermediate_size_, hidden_size_));
+}
+
+template <typename Move>
+void ExpertStore::for_each_piece(int32_t expert, ktk_part part, Move move) const {
+  const int64_t down_panels = divide_up(hidden_size_, kPanelColumns);
+  for (const Shard &shard : shards_) {
+    if (shard.empty()) continue;
+    uint8_t *address = slot(shard, expert, part);
+    const int64_t bytes = bytes_of(part, kernels_, shard.gate_up, shard.down, shard.columns(), hidden_size_);
+    if (part == KTK_PART_DOWN_BIAS) {
+      move(address, int64_t{0}, bytes);
+    } else if (part == KTK_PART_GATE_BIAS || part == KTK_PART_UP_BIAS) {
+      move(address, int64_t{shard.range.first} * 4, bytes);
+    } else if (part <= KTK_PART_GATE_UP_ZERO) {
+      move(address, shard.range.first / kPanelColumns * (bytes / shard.panels), bytes);
+    } else {
+      // A panel's pieces follow each other along the intermediate dimension; a scale for the whole row is
+      // in every shard.
+      const int64_t panel = bytes / down_panels;
+      const int64_t whole_panel = static_cast<int64_t>(part_bytes(part)) / down_panels;
+      int64_t first = 0;
+      if (part == KTK_PART_DOWN_WEIGHT) {
+        first = shard.range.first / kernels_.step_columns * kernels_.tile_bytes;
+      } else if (down_.weight_groups > 1) {
+        const int64_t width = part == KTK_PART_DOWN_ZERO ? 1 : scale_bytes(down_);
+        first = shard.range.first / down_.group_columns * kPanelColumns * width;
+      }
+      for (int64_t q = 0; q < down_panels; q++) move(address + q * panel, q * whole_panel + first, panel);
+    }
+  }
+}
+
+void ExpertStore::check(int32_t expert, ktk_part part, size_t bytes) const {
+  require(expert >= 0 && expert < num_experts_, "layer ", layer_index_, ": expert ", expert,
+          " is out of range; the layer has ", num_experts_);
+  require(part >= 0 && part < kPartCount, "layer ", layer_index_, ": part ", static_cast<int>(part),
+          " does not exist; parts are 0 to ", kPartCount - 1);
+  require(bytes == part_bytes(part), "layer ", layer_index_, ": the ", kPartNames[part],
+          " of an expert takes ", part_bytes(part), " bytes, got ", bytes);
+}
+
+void ExpertStore::check_values(int32_t expert, ktk_part part, const void *buffer, size_t bytes) const {
+  if (part == KTK_PART_GATE_UP_WEIGHT || part == KTK_PART_DOWN_WEIGHT) return;
+  if (part == KTK_PART_GATE_UP_ZERO || part == KTK_PART_DOWN_ZERO) {
+    for (size_t i = 0; i < bytes; i++) {
+      require(static_cast<const uint8_t *>(buffer)[i] <= 15, "layer ", layer_index_, ", expert ", expert,
+              ": ", kPartNames[part], " ", int{static_cast<const uint8_t *>(buffer)[i]},
+              " is not in 0 to 15; the packed weights are damaged");
+    }
+    return;
+  }
+  const bool is_scale = part == KTK_PART_GATE_UP_SCALE || part == KTK_PART_DOWN_SCALE;
+  const int64_t width = is_scale ? scale_bytes(gate_up_) : 4;
+  require(all_finite(buffer, static_cast<int64_t>(bytes) / width, width), "layer ", layer_index_, ", expert ",
+          expert, ": the ", kPartNames[part], " holds NaN or infinity; the packed weights are damaged");
+}
+
+void ExpertStore::export_part(int32_t expert, ktk_part part, void *buffer, size_t bytes) const {
+  check(expert, part, bytes);
+  if (bytes == 0) return;
+  require(buffer != nullptr, "layer ", layer_index_, ": the buffer for the ", kPartNames[part], " is null");
+  const bool is_bias = part >= KTK_PART_GATE_BIAS;
+  if (is_bias && bias(0, expert, part) == nullptr) {
+    std::memset(buffer, 0, bytes);
+    return;
+  }
+  if (!is_bias && !loaded(expert)) {
+    fail(KTK_ERR_STATE, "layer ", layer_index_, ": expert ", expert, " is not loaded, so its ",
+         kPartNames[part], " cannot be exported");
+  }
+  for_each_piece(expert, part, [buffer](const uint8_t *address, int64_t offset, int64_t count) {
+    std::memcpy(static_cast<uint8_t *>(buffer) + offset, address, static_cast<size_t>(count));
+  });
+}
+
+void ExpertStore::import_part(int32_t expert, ktk_part part, const void *buffer, size_t bytes) {
+  check(expert, part, bytes);
+  if (bytes == 0) return;
+  require(buffer != nullptr, "layer ", layer_index_, ": the buffer of the ", kPartNames[part], " is null");
+  uint32_t &present = present_[static_cast<size_t>(expert)];
+  present &= ~(1u << part);
+  check_values(expert, part, buffer, bytes);
+  for_each_piece(expert, part, [buffer](uint8_t *address, int64_t offset, int64_t count) {
+    std::memcpy(address, static_cast<const uint8_t *>(buffer) + offset, static_cast<size_t>(count));
+  });
+  present |= 1u << part;
+}
+
+void ExpertStore::pack(int32_t expert, const ktk_expert_weights &weights) {
+  check(expert, KTK_PART_GATE_UP_WEIGHT, part_bytes(KTK_PART_GATE_UP_WEIGHT));
+  const void *matrices[] = {weights.gate, weights.up, weights.down};
+  const float *biases[] = {weights.gate_bias, weights.up_bias, weights.down_bias};
+  constexpr const char *kNames[] = {"gate", "up", "down"};
+  require(weights.dtype >= KTK_DTYPE_F32 && weights.dtype <= KTK_DTYPE_F16, "layer ", layer_index_,
+          ": weight dtype ", weights.dtype, " is unknown; use 0 (fp32), 1 (bf16) or 2 (fp16)");
+  const uintptr_t width = weights.dtype == KTK_DTYPE_F32 ? 4 : 2;
+  for (int i = 0; i < 3; i++) {
+    require(matrices[i] != nullptr, "layer ", layer_index_, ", expert ", expert, ": the ", kNames[i],
+            " weights are null");
+    require(reinterpret_cast<uintptr_t>(matrices[i]) % width == 0, "layer ", layer_index_, ", expert ",
+            expert, ": the ", kNames[i], " weights are not aligned to their ", width, "-byte values");
+    require(reinterpret_cast<uintptr_t>(biases[i]) % 4 == 0, "layer ", layer_index_, ", expert ", expert,
+            ": the ", kNames[i], " bias is not aligned to its 4-byte values");
+  }
+  uint32_t &present = present_[static_cast<size_t>(expert)];
+  present = 0;
+
+  std::atomic<bool> finite{true};
+  const auto pack_panel = [&](const void *matrix, int64_t rows, int64_t row, int64_t columns,
+                              const Gemm &gemm, int64_t first_column, uint8_t *tiles, int64_t step_stride,
+                              uint8_t *scale, uint8_t *zero, int64_t group_stride) {
+    const void *pointers[kPanelColumns];
+    for (int n = 0; n < kPanelColumns; n++) {
+      const int64_t index = row + n;
+      pointers[n] = index < rows
+                        ? static_cast<const uint8_t *>(matrix) + index * columns * static_cast<int64_t>(width)
+                        : nullptr;
+    }
+    const PackArgs args = {&gemm,
+                           pointers,
+                           weights.dtype,
+                           static_cast<int32_t>(columns),
+                           static_cast<int32_t>(first_column),
+                           tiles,
+                           step_stride,
+                           scale,
+                           zero,
+                           group_stride};
+    if (kernels_.pack(&args) != 0) finite.store(false, std::memory_order_relaxed);
+  };
+
+  const int64_t down_panels = divide_up(hidden_size_, kPanelColumns);
+  std::vector<int64_t> units;
+  for (const Shard &shard : shards_) units.push_back(shard.empty() ? 0 : shard.panels + down_panels);
+  const auto unit = [&](int index, int, int64_t panel) {
+    const Shard &shard = shards_[static_cast<size_t>(index)];
+    const int64_t tile = kernels_.tile_bytes;
+    if (panel < shard.panels) {
+      const Gemm &gemm = shard.gate_up;
+      const int64_t scales = gemm.weight_groups * 2 * kPanelColumns;
+      for (int which = 0; which < 2; which++) {
+        uint8_t *tiles =
+            slot(shard, expert, KTK_PART_GATE_UP_WEIGHT) + panel * gemm.steps * 2 * tile + which * tile;
+        uint8_t *scale = slot(shard, expert, KTK_PART_GATE_UP_SCALE) +
+                         (panel * scales + which * kPanelColumns) * scale_bytes(gemm);
+        uint8_t *zero = slot(shard, expert, KTK_PART_GATE_UP_ZERO) + panel * scales + which * kPanelColumns;
+        pack_panel(matrices[which], intermediate_size_, shard.range.first + panel * kPanelColumns,
+                   hidden_size_, gemm, 0, tiles, 2 * tile, scale, zero, 2 * kPanelColumns);
+      }
+    } else {
+      const Gemm &gemm = shard.down;
+      const int64_t q = panel - shard.panels;
+      const int64_t scales = gemm.weight_groups * kPanelColumns;
+      pack_panel(matrices[2], hidden_size_, q * kPanelColumns, intermediate_size_, gemm, shard.range.first,
+                 slot(shard, expert, KTK_PART_DOWN_WEIGHT) + q * gemm.steps * tile, tile,
+                 slot(shard, expert, KTK_PART_DOWN_SCALE) + q * scales * scale_bytes(gemm),
+                 slot(shard, expert, KTK_PART_DOWN_ZERO) + q * scales, kPanelColumns);
+    }
+  };
+  run_section(pool_, units.data(), unit);
+  require(finite.load(), "layer ", layer_index_, ", expert ", expert,
+          ": the weights hold NaN or infinity; check the checkpoint");
+  for (int i = 0; i < 3; i++) {
+    const auto part = static_cast<ktk_part>(KTK_PART_GATE_BIAS + i);
+    if (biases[i] != nullptr) import_part(expert, part, biases[i], part_bytes(part));
+  }
+  present |= needed_parts();
+}
+
+}  // namespace ktk

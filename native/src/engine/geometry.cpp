@@ -1,0 +1,51 @@
+#include "engine/geometry.h"
+
+#include <algorithm>
+
+namespace ktk {
+
+Gemm make_gemm(const FormatKernels &kernels, int32_t depth, int32_t group_size, bool asymmetric,
+               int32_t row_group_columns) {
+  Gemm gemm{};
+  gemm.depth = depth;
+  gemm.steps = static_cast<int32_t>(divide_up(depth, kernels.step_columns));
+  gemm.segments = 1;
+  gemm.segment_steps = gemm.steps;
+  gemm.halves = 1;
+  gemm.segments_per_weight_group = 1;
+  gemm.segments_per_row_group = 1;
+  if (!kernels.integer) return gemm;
+
+  gemm.asymmetric = asymmetric;
+  gemm.scale_is_bf16 = group_size > 0;
+  gemm.group_columns = group_size > 0 ? group_size : depth;
+  gemm.weight_groups = group_size > 0 ? static_cast<int32_t>(divide_up(depth, group_size)) : 1;
+  gemm.row_groups = row_group_columns > 0 ? static_cast<int32_t>(divide_up(depth, row_group_columns)) : 1;
+  if (group_size == 0 && row_group_columns == 0) return gemm;
+
+  int32_t segment_columns = group_size > 0 ? group_size : row_group_columns;
+  if (row_group_columns > 0) segment_columns = std::min(segment_columns, row_group_columns);
+  gemm.segments = static_cast<int32_t>(divide_up(depth, segment_columns));
+  gemm.halves = segment_columns * 2 == kernels.step_columns ? 2 : 1;
+  gemm.segment_steps = std::max(1, segment_columns / kernels.step_columns);
+  gemm.segments_per_weight_group = group_size > 0 ? group_size / segment_columns : gemm.segments;
+  gemm.segments_per_row_group = row_group_columns > 0 ? row_group_columns / segment_columns : gemm.segments;
+  return gemm;
+}
+
+std::vector<ShardRange> split_intermediate(int32_t intermediate_size, int shards) {
+  const int64_t blocks = divide_up(intermediate_size, kIntermediateGroup);
+  std::vector<ShardRange> ranges;
+  int64_t block = 0;
+  for (int shard = 0; shard < shards; shard++) {
+    const int64_t next = block + blocks / shards + (shard < blocks % shards ? 1 : 0);
+    const auto column = [&](int64_t b) {
+      return static_cast<int32_t>(std::min<int64_t>(b * kIntermediateGroup, intermediate_size));
+    };
+    ranges.push_back({column(block), column(next)});
+    block = next;
+  }
+  return ranges;
+}
+
+}  // namespace ktk

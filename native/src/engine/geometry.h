@@ -1,0 +1,30 @@
+// The shape of one layer's products: how K is cut into segments, and how the intermediate dimension is
+// split over shards.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/backend.h"
+#include "ktk.h"
+
+namespace ktk {
+
+// `row_group_columns` 0: one activation scale for the whole row.
+Gemm make_gemm(const FormatKernels &kernels, int32_t depth, int32_t group_size, bool asymmetric,
+               int32_t row_group_columns);
+
+// Columns [first, last) of the intermediate that a shard holds; both on kIntermediateGroup, except the end.
+struct ShardRange {
+  int32_t first, last;
+};
+// Whole blocks of kIntermediateGroup, as even as possible, the first shards taking what is left over. No
+// scale group crosses a boundary, so that scales do not depend on the number of shards.
+std::vector<ShardRange> split_intermediate(int32_t intermediate_size, int shards);
+
+constexpr int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+constexpr int64_t align_up(int64_t value, int64_t alignment) {
+  return divide_up(value, alignment) * alignment;
+}
+
+}  // namespace ktk

@@ -1,0 +1,339 @@
+#include "engine/moe.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/dispatch.h"
+#include "core/status.h"
+#include "engine/sections.h"
+
+namespace ktk {
+namespace {
+
+constexpr int32_t kMostColumns = 65536;  // an int32 holds that many products of a u8 and an int8
+constexpr int64_t kTokensOfUnit = 8;     // quantised by one unit of work
+// Below this much copying, waking the workers costs more than it saves.
+constexpr int64_t kInlineUnits = 1;
+constexpr int64_t kInlineBlocks = 4;
+
+int64_t dtype_bytes(int32_t dtype) { return dtype == KTK_DTYPE_F32 ? 4 : 2; }
+
+ktk_moe_config checked(const ktk_moe_config &config) {
+  const auto positive = [&](int32_t value, const char *name) {
+    require(value > 0, "layer ", config.layer_index, ": ", name, " must be positive, got ", value);
+  };
+  positive(config.num_experts, "num_experts");
+  positive(config.top_k, "top_k");
+  positive(config.hidden_size, "hidden_size");
+  positive(config.intermediate_size, "intermediate_size");
+  positive(config.max_tokens, "max_tokens");
+  require(config.top_k <= config.num_experts, "layer ", config.layer_index, ": top_k ", config.top_k,
+          " is larger than num_experts ", config.num_experts);
+  require(config.hidden_size <= kMostColumns, "layer ", config.layer_index, ": hidden_size ",
+          config.hidden_size, " is beyond the limit of ", kMostColumns);
+  require(config.intermediate_size <= kMostColumns, "layer ", config.layer_index, ": intermediate_size ",
+          config.intermediate_size, " is beyond the limit of ", kMostColumns);
+  require(int64_t{config.max_tokens} * config.top_k <= INT32_MAX, "layer ", config.layer_index,
+          ": max_tokens ", config.max_tokens, " times top_k ", config.top_k, " is beyond the limit of ",
+          INT32_MAX);
+  require(config.format >= KTK_FORMAT_BF16 && config.format <= KTK_FORMAT_INT4, "layer ", config.layer_index,
+          ": format ", config.format, " is unknown; use 0 (bf16), 1 (int8) or 2 (int4)");
+  const bool int4 = config.format == KTK_FORMAT_INT4;
+  const int32_t group = config.group_size;
+  require(group == 0 || (int4 && (group == 32 || group == 64 || group == 128)), "layer ", config.layer_index,
+          ": group_size ", group,
+          " is not supported; int4 takes 32, 64, 128 or 0 (one scale a row), others take 0");
+  require(!config.asymmetric || (int4 && group > 0), "layer ", config.layer_index,
+          ": asymmetric needs format int4 with a group_size of 32, 64 or 128");
+  require(config.swiglu_limit >= 0 && config.swiglu_alpha >= 0, "layer ", config.layer_index,
+          ": swiglu_limit and swiglu_alpha must not be negative or NaN, got ", config.swiglu_limit, " and ",
+          config.swiglu_alpha);
+  return config;
+}
+
+}  // namespace
+
+// One forward on its way through the sections.
+struct Moe::Batch {
+  ktk_forward_args args;
+  int64_t tokens;
+  const Route &route;
+  Scratch &scratch;
+
+  Rows by_token;  // quantised input
+  Rows by_row;    // gathered
+
+  struct Shard {
+    Rows intermediate;
+    float *scratch;  // of each worker: gate_up's, then the tokens' sums
+    int64_t scratch_floats;
+    float *partial;  // [tokens][hidden], several shards only
+  };
+  std::vector<Shard> shards;
+  int64_t down_panels;  // output panels of one unit
+};
+
+Moe::Moe(const ktk_moe_config &config, std::shared_ptr<PoolContext> context)
+    : config_(checked(config)),
+      isa_name_(config.isa != nullptr ? config.isa : ""),
+      backend_(runnable_backend(isa_name_.c_str())),
+      kernels_(backend_.formats[config.format]),
+      context_(std::move(context)),
+      store_(config_, kernels_, context_->pool) {
+  config_.isa = backend_.name;
+}
+
+void Moe::check(const ktk_forward_args &args) const {
+  const int32_t layer = config_.layer_index;
+  const auto pointer = [layer](const void *address, int64_t alignment, const char *name) {
+    require(address != nullptr, "layer ", layer, ": ", name, " is null");
+    require(reinterpret_cast<uintptr_t>(address) % static_cast<uintptr_t>(alignment) == 0, "layer ", layer,
+            ": ", name, " is not aligned to its ", alignment, "-byte values");
+  };
+  require(args.top_k > 0 && args.top_k <= config_.top_k, "layer ", layer, ": top_k ", args.top_k,
+          " is not in 1 to the layer's ", config_.top_k);
+  for (const int32_t dtype : {args.input_dtype, args.output_dtype}) {
+    require(dtype >= KTK_DTYPE_F32 && dtype <= KTK_DTYPE_F16, "layer ", layer, ": dtype ", dtype,
+            " is unknown; use 0 (fp32), 1 (bf16) or 2 (fp16)");
+  }
+  pointer(args.num_tokens, 4, "num_tokens");
+  pointer(args.expert_ids, 8, "expert_ids");
+  pointer(args.expert_weights, 4, "expert_weights");
+  pointer(args.input, dtype_bytes(args.input_dtype), "input");
+  pointer(args.output, dtype_bytes(args.output_dtype), "output");
+}
+
+void Moe::poison(const ktk_forward_args &args) const noexcept {
+  if (args.num_tokens == nullptr || args.output == nullptr) return;
+  const int64_t tokens = *args.num_tokens;
+  if (tokens < 0 || tokens > config_.max_tokens) return;
+  // All bits set are a NaN in each of the three types.
+  std::memset(args.output, 0xff,
+              static_cast<size_t>(tokens * config_.hidden_size * dtype_bytes(args.output_dtype)));
+}
+
+void Moe::forward(const ktk_forward_args &args) {
+  check(args);
+  const int64_t tokens = *args.num_tokens;
+  require(tokens >= 0 && tokens <= config_.max_tokens, "layer ", config_.layer_index, ": ", tokens,
+          " tokens are not in 0 to the layer's max_tokens ", config_.max_tokens);
+  if (tokens == 0) return;
+
+  const std::lock_guard<std::mutex> lock(context_->pool.forward_mutex());
+  Scratch &scratch = context_->scratch;
+  scratch.route.build(args.expert_ids, args.expert_weights, tokens, args.top_k, config_.num_experts,
+                      config_.gpu_experts_mask);
+  for (const Route::Expert &expert : scratch.route.experts) {
+    if (!store_.loaded(expert.id)) {
+      fail(KTK_ERR_STATE, "layer ", config_.layer_index, ": a token is routed to expert ", expert.id,
+           ", which is not loaded; load it, or set it in gpu_experts_mask");
+    }
+  }
+  Batch batch{args, tokens, scratch.route, scratch, {}, {}, {}, 0};
+  batch.shards.resize(static_cast<size_t>(store_.shard_count()));
+  const int64_t panels = divide_up(config_.hidden_size, kPanelColumns);
+  // Decode wants a unit for every worker, prefill wants rows of activations to meet several panels.
+  const int64_t threads = context_->pool.thread_count();
+  batch.down_panels = std::clamp<int64_t>(panels / (threads * 4), 2, 4);
+  place(batch, true);
+  place(batch, false);
+
+  quantise(batch);
+  gather(batch);
+  gate_up(batch);
+  down(batch);
+  if (store_.shard_count() > 1) merge(batch);
+}
+
+void Moe::place(Batch &batch, bool measuring) const {
+  const WorkerPool &pool = context_->pool;
+  const auto rows = [](Arena &arena, int64_t count, const Gemm &gemm) {
+    Rows placed{};
+    placed.data = arena.place<uint8_t>(count * gemm.steps * kStepBytes);
+    placed.scale = arena.place<float>(count * gemm.row_groups);
+    placed.sum = arena.place<int32_t>(count * gemm.segments);
+    return placed;
+  };
+  const auto row_count = static_cast<int64_t>(batch.route.tokens.size());
+  Arena &shared = batch.scratch.shared;
+  shared.begin(measuring);
+  batch.by_token = rows(shared, batch.tokens, store_.gate_up());
+  batch.by_row = rows(shared, row_count, store_.gate_up());
+  if (measuring) shared.reserve(pool.node(0));
+  for (int s = 0; s < store_.shard_count(); s++) {
+    const ExpertStore::Shard &shard = store_.shard(s);
+    Batch::Shard &placed = batch.shards[static_cast<size_t>(s)];
+    Arena &arena = batch.scratch.shards[static_cast<size_t>(s)];
+    arena.begin(measuring);
+    if (shard.empty()) continue;
+    placed.intermediate = rows(arena, row_count, shard.down);
+    placed.scratch_floats =
+        std::max<int64_t>(kGateUpScratchFloats, batch.tokens * batch.down_panels * kPanelColumns);
+    placed.scratch = arena.place<float>(placed.scratch_floats * pool.threads(s));
+    if (store_.shard_count() > 1) {
+      placed.partial = arena.place<float>(batch.tokens * align_up(config_.hidden_size, kPanelColumns));
+    }
+    if (measuring) arena.reserve(pool.node(s));
+  }
+}
+
+void Moe::quantise(Batch &batch) const {
+  const int64_t units = divide_up(batch.tokens, kTokensOfUnit);
+  run_spread(context_->pool, units, kInlineUnits, [&](int64_t unit) {
+    const int64_t first = unit * kTokensOfUnit;
+    const QuantiseArgs args = {&store_.gate_up(),
+                               batch.args.input,
+                               batch.args.input_dtype,
+                               static_cast<int32_t>(first),
+                               static_cast<int32_t>(std::min(first + kTokensOfUnit, batch.tokens)),
+                               batch.by_token};
+    kernels_.quantise(&args);
+  });
+}
+
+// A single row needs no gathering: it lies where the token was quantised.
+void Moe::gather(Batch &batch) const {
+  struct Block {
+    int32_t row, count;
+  };
+  std::vector<Block> blocks;
+  for (const Route::Expert &expert : batch.route.experts) {
+    if (expert.rows == 1) continue;
+    for (int32_t row = 0; row < expert.rows; row += kBlockRows) {
+      blocks.push_back({expert.first + row, std::min(kBlockRows, expert.rows - row)});
+    }
+  }
+  const Gemm &gemm = store_.gate_up();
+  run_spread(context_->pool, static_cast<int64_t>(blocks.size()), kInlineBlocks, [&](int64_t unit) {
+    const Block block = blocks[static_cast<size_t>(unit)];
+    const Rows to = {batch.by_row.data + int64_t{block.row} * gemm.steps * kStepBytes,
+                     batch.by_row.scale + block.row, batch.by_row.sum + int64_t{block.row} * gemm.segments};
+    const GatherArgs args = {&gemm, batch.by_token, batch.route.tokens.data() + block.row, block.count, to};
+    kernels_.gather(&args);
+  });
+}
+
+namespace {
+
+Rows rows_from(const Rows &rows, const Gemm &gemm, int64_t row) {
+  return {rows.data + row * gemm.steps * kStepBytes, rows.scale + row * gemm.row_groups,
+          rows.sum + row * gemm.segments};
+}
+
+Weights weights_of(const ExpertStore &store, int shard, int32_t expert, ktk_part weight) {
+  return {store.part(shard, expert, weight), store.part(shard, expert, static_cast<ktk_part>(weight + 1)),
+          store.part(shard, expert, static_cast<ktk_part>(weight + 2))};
+}
+
+}  // namespace
+
+void Moe::gate_up(Batch &batch) const {
+  std::vector<int64_t> units;
+  for (int s = 0; s < store_.shard_count(); s++) {
+    const int64_t groups = divide_up(store_.shard(s).columns(), kIntermediateGroup);
+    units.push_back(groups * static_cast<int64_t>(batch.route.experts.size()));
+  }
+  const auto unit = [&](int s, int worker, int64_t index) {
+    const ExpertStore::Shard &shard = store_.shard(s);
+    const Batch::Shard &placed = batch.shards[static_cast<size_t>(s)];
+    const int64_t groups = divide_up(shard.columns(), kIntermediateGroup);
+    const Route::Expert &expert = batch.route.experts[static_cast<size_t>(index / groups)];
+    const auto column = static_cast<int32_t>(index % groups * kIntermediateGroup);
+    const Rows input = expert.rows == 1 ? rows_from(batch.by_token, shard.gate_up,
+                                                    batch.route.tokens[static_cast<size_t>(expert.first)])
+                                        : rows_from(batch.by_row, shard.gate_up, expert.first);
+    const GateUpArgs args = {&shard.gate_up,
+                             &shard.down,
+                             weights_of(store_, s, expert.id, KTK_PART_GATE_UP_WEIGHT),
+                             store_.bias(s, expert.id, KTK_PART_GATE_BIAS),
+                             store_.bias(s, expert.id, KTK_PART_UP_BIAS),
+                             input,
+                             rows_from(placed.intermediate, shard.down, expert.first),
+                             expert.rows,
+                             column,
+                             std::min(column + kIntermediateGroup, shard.columns()),
+                             config_.swiglu_limit,
+                             config_.swiglu_alpha,
+                             config_.strict,
+                             placed.scratch + worker * placed.scratch_floats};
+    kernels_.gate_up(&args);
+  };
+  run_section(context_->pool, units.data(), unit);
+}
+
+void Moe::down(Batch &batch) const {
+  const int64_t panels = divide_up(config_.hidden_size, kPanelColumns);
+  const int64_t padded = panels * kPanelColumns;
+  std::vector<int64_t> units;
+  for (int s = 0; s < store_.shard_count(); s++) {
+    units.push_back(store_.shard(s).empty() ? 0 : divide_up(panels, batch.down_panels));
+  }
+  const auto unit = [&](int s, int worker, int64_t index) {
+    const ExpertStore::Shard &shard = store_.shard(s);
+    const Batch::Shard &placed = batch.shards[static_cast<size_t>(s)];
+    const int64_t first = index * batch.down_panels, last = std::min(first + batch.down_panels, panels);
+    const int64_t width = (last - first) * kPanelColumns;
+    float *sum = placed.scratch + worker * placed.scratch_floats;
+    std::memset(sum, 0, static_cast<size_t>(batch.tokens * width) * sizeof(float));
+    for (const Route::Expert &expert : batch.route.experts) {
+      const DownArgs args = {&shard.down,
+                             weights_of(store_, s, expert.id, KTK_PART_DOWN_WEIGHT),
+                             s == 0 ? store_.bias(s, expert.id, KTK_PART_DOWN_BIAS) : nullptr,
+                             rows_from(placed.intermediate, shard.down, expert.first),
+                             batch.route.tokens.data() + expert.first,
+                             batch.route.weights.data() + expert.first,
+                             expert.rows,
+                             config_.hidden_size,
+                             static_cast<int32_t>(first),
+                             static_cast<int32_t>(last),
+                             config_.strict,
+                             sum};
+      kernels_.down(&args);
+    }
+    if (placed.partial != nullptr) {
+      for (int64_t t = 0; t < batch.tokens; t++) {
+        std::memcpy(placed.partial + t * padded + first * kPanelColumns, sum + t * width,
+                    static_cast<size_t>(width) * sizeof(float));
+      }
+      return;
+    }
+    const float *parts[] = {sum};
+    const FinishArgs args = {parts,
+                             1,
+                             width,
+                             0,
+                             static_cast<int32_t>(batch.tokens),
+                             static_cast<int32_t>(first * kPanelColumns),
+                             std::min(static_cast<int32_t>(last * kPanelColumns), config_.hidden_size),
+                             config_.hidden_size,
+                             batch.args.output,
+                             batch.args.output_dtype,
+                             batch.args.incremental};
+    backend_.finish(&args);
+  };
+  run_section(context_->pool, units.data(), unit);
+}
+
+void Moe::merge(Batch &batch) const {
+  std::vector<const float *> parts;
+  for (const Batch::Shard &shard : batch.shards) {
+    if (shard.partial != nullptr) parts.push_back(shard.partial);
+  }
+  run_spread(context_->pool, divide_up(batch.tokens, kTokensOfUnit), 0, [&](int64_t unit) {
+    const int64_t first = unit * kTokensOfUnit;
+    const FinishArgs args = {parts.data(),
+                             static_cast<int32_t>(parts.size()),
+                             align_up(config_.hidden_size, kPanelColumns),
+                             static_cast<int32_t>(first),
+                             static_cast<int32_t>(std::min(first + kTokensOfUnit, batch.tokens)),
+                             0,
+                             config_.hidden_size,
+                             config_.hidden_size,
+                             batch.args.output,
+                             batch.args.output_dtype,
+                             batch.args.incremental};
+    backend_.finish(&args);
+  });
+}
+
+}  // namespace ktk

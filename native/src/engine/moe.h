@@ -1,0 +1,58 @@
+// One mixture-of-experts layer: the pipeline that every format and instruction set shares.
+//
+//   route      which rows each expert computes
+//   quantise   each token once
+//   gather     the rows of experts with several tokens, side by side
+//   gate/up    per (expert, 128 intermediate columns): both projections, activation, requantisation
+//   down       per run of output columns: all experts, weighted and summed in fp32, rounded once
+//
+// With several shards each computes a partial sum over its columns of the intermediate, and a last section
+// adds the parts in the order of the shards.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "core/backend.h"
+#include "engine/expert_store.h"
+#include "engine/scratch.h"
+#include "ktk.h"
+
+namespace ktk {
+
+class Moe {
+ public:
+  Moe(const ktk_moe_config &config, std::shared_ptr<PoolContext> context);
+
+  const ktk_moe_config &config() const { return config_; }
+  const Backend &backend() const { return backend_; }
+  ExpertStore &store() { return store_; }
+  const ExpertStore &store() const { return store_; }
+
+  // Everything about `args` that does not depend on the moment it runs.
+  void check(const ktk_forward_args &args) const;
+  void forward(const ktk_forward_args &args);
+  // Fills the output of a forward that failed with NaN, as far as its size is known.
+  void poison(const ktk_forward_args &args) const noexcept;
+
+ private:
+  struct Batch;
+  void place(Batch &batch, bool measuring) const;
+  void quantise(Batch &batch) const;
+  void gather(Batch &batch) const;
+  void gate_up(Batch &batch) const;
+  void down(Batch &batch) const;
+  void merge(Batch &batch) const;
+
+  ktk_moe_config config_;
+  std::string isa_name_;
+  const Backend &backend_;
+  const FormatKernels &kernels_;
+  std::shared_ptr<PoolContext> context_;
+  ExpertStore store_;
+};
+
+}  // namespace ktk

@@ -1,0 +1,67 @@
+// Parallel sections of the engine over a worker pool.
+#pragma once
+
+#include <xmmintrin.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "runtime/worker_pool.h"
+
+namespace ktk {
+
+// Arithmetic in the IEEE default for the lifetime of the object, whatever the thread was set to: a caller
+// that flushes subnormals must not change the bits of its share of the work.
+class DefaultArithmetic {
+ public:
+  DefaultArithmetic() : saved_(_mm_getcsr()) {
+    if (saved_ != kDefault) _mm_setcsr(kDefault);
+  }
+  ~DefaultArithmetic() {
+    if (saved_ != kDefault) _mm_setcsr(saved_);
+  }
+  DefaultArithmetic(const DefaultArithmetic &) = delete;
+  DefaultArithmetic &operator=(const DefaultArithmetic &) = delete;
+
+ private:
+  static constexpr unsigned kDefault = 0x1f80;  // all exceptions masked, round to nearest
+  unsigned saved_;
+};
+
+// Runs unit(subpool, worker, index) for index in 0 .. unit_counts[subpool] - 1. The callable must not throw.
+template <typename Unit>
+void run_section(WorkerPool &pool, const int64_t *unit_counts, Unit &unit) {
+  pool.run(
+      unit_counts,
+      [](void *context, int subpool, int worker, int64_t index) noexcept {
+        const DefaultArithmetic arithmetic;
+        (*static_cast<Unit *>(context))(subpool, worker, index);
+      },
+      const_cast<void *>(static_cast<const void *>(&unit)));
+}
+
+// Runs unit(index) for index in 0 .. units - 1 on all subpools, in proportion to their threads; on the
+// calling thread alone when there are at most `inline_units`.
+template <typename Unit>
+void run_spread(WorkerPool &pool, int64_t units, int64_t inline_units, Unit unit) {
+  if (units <= inline_units) {
+    const DefaultArithmetic arithmetic;
+    for (int64_t index = 0; index < units; index++) unit(index);
+    return;
+  }
+  std::vector<int64_t> counts, first;
+  int64_t done = 0, threads = 0;
+  for (int subpool = 0; subpool < pool.subpools(); subpool++) {
+    threads += pool.threads(subpool);
+    const int64_t next = units * threads / pool.thread_count();
+    first.push_back(done);
+    counts.push_back(next - done);
+    done = next;
+  }
+  const auto shifted = [&](int subpool, int, int64_t index) {
+    unit(first[static_cast<size_t>(subpool)] + index);
+  };
+  run_section(pool, counts.data(), shifted);
+}
+
+}  // namespace ktk

@@ -1,0 +1,51 @@
+// bf16 weights as they are. Tile: [16 pairs of columns][16 rows][2], the operand of TDPBF16PS.
+#pragma once
+
+#include "formats/format.h"
+
+struct Bf16 {
+  static constexpr const char *kName = "bf16";
+  static constexpr int kStepColumns = 32;
+  static constexpr int kTileBytes = 1024;
+  static constexpr bool kInteger = false;
+  static constexpr int kZeroPoint = 0;
+
+  template <class Ops, int NT, int MR>
+  KTK_INLINE void step(typename Ops::F (&sum)[MR][NT], const uint8_t *rows, const uint8_t *tiles,
+                       int64_t tile_stride_bytes) {
+    for (int pair = 0; pair < 16; pair++) {
+      typename Ops::WB weights[NT];
+      for (int j = 0; j < NT; j++) weights[j] = Ops::split_bf16(tiles + j * tile_stride_bytes + pair * 64);
+      for (int r = 0; r < MR; r++) {
+        const typename Ops::AB activations = Ops::pair_bf16(rows + r * kStepBytes + pair * 4);
+        for (int j = 0; j < NT; j++) sum[r][j] = Ops::dot_bf16(sum[r][j], weights[j], activations);
+      }
+    }
+  }
+
+  template <class Ops>
+  KTK_INLINE const uint8_t *tile_operand(const uint8_t *tile, uint8_t *, int) {
+    return tile;
+  }
+
+  template <class Ops>
+  static int32_t pack(const PackArgs *args) {
+    const Gemm &gemm = *args->gemm;
+    for (int n = 0; n < kPanelColumns; n++) {
+      if (args->rows[n] != nullptr &&
+          largest_magnitude_bits<Ops>(args->rows[n], args->dtype, 0, args->full_depth) >= kInfinityBits) {
+        return 1;
+      }
+      const int64_t last = args->first_column + gemm.depth;
+      for (int64_t i = 0; i < (int64_t)gemm.steps * kStepColumns; i += 16) {
+        uint16_t values[16] = {};
+        if (args->rows[n] != nullptr && i < gemm.depth) {
+          Ops::store_bf16(values, load_values<Ops>(args->rows[n], args->dtype, args->first_column + i, last));
+        }
+        uint8_t *tile = args->tiles + i / kStepColumns * args->step_stride_bytes;
+        scatter_quads((const uint8_t *)values, 8, tile, n, (int)(i % kStepColumns) / 2);
+      }
+    }
+    return 0;
+  }
+};

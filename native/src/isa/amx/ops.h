@@ -1,0 +1,24 @@
+// AMX: tiles for experts with enough rows, the primitives of another set for the rest. The emulated build
+// replaces both, so that it runs on any CPU; everything above them is the same source.
+#pragma once
+
+#ifdef KTK_AMX_EMULATED
+#include "isa/amx/tile_emulated.h"
+#include "isa/portable/ops.h"
+typedef PortableOps AmxVectorOps;
+#else
+#include "isa/amx/tile.h"
+#include "isa/avx512_bf16/ops.h"
+typedef Avx512Bf16Ops AmxVectorOps;
+#endif
+
+struct AmxOps : AmxVectorOps {
+#ifdef KTK_AMX_EMULATED
+  static constexpr uint32_t kNeeds = 0;
+  static constexpr int32_t kAutomatic = 0;
+#else
+  static constexpr uint32_t kNeeds = AmxVectorOps::kNeeds | kNeedsAmxTile | kNeedsAmxInt8 | kNeedsAmxBf16 |
+                                     kNeedsOsTiles | kNeedsTilePalette | kNeedsTilePermission;
+#endif
+  static constexpr int32_t kTileRows = 8;
+};

@@ -1,0 +1,182 @@
+// Primitives for AVX2 with FMA and F16C. A vector of 16 lanes is two registers.
+#pragma once
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include "kernels/inline.h"
+
+struct Avx2Ops {
+  struct F {
+    __m256 low, high;
+  };
+  struct I {
+    __m256i low, high;
+  };
+  // Bytes 0 and 2 of each lane as 16-bit values, and bytes 1 and 3: vpmaddubsw would saturate on u8 x s8.
+  struct W8 {
+    I even, odd;
+  };
+  struct A8 {
+    __m256i even, odd;
+  };
+  struct WB {
+    F even, odd;
+  };
+  struct AB {
+    __m256 even, odd;
+  };
+
+  static constexpr uint32_t kNeeds = kNeedsAvx2 | kNeedsFma | kNeedsF16c | kNeedsOsYmm;
+  static constexpr int32_t kAutomatic = 1;
+  // 2 rows x 2 tiles x 2 registers of sums, 4 of weights and 2 of activations fit in 16 registers.
+  static constexpr int kBlockMaxRows = 2;
+  // Rows from which an expert goes to matrix units; 0: there are none.
+  static constexpr int32_t kTileRows = 0;
+
+  KTK_INLINE F zero_f() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+  KTK_INLINE F set1_f(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+  KTK_INLINE F load_f(const float *p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  KTK_INLINE void store_f(float *p, F v) {
+    _mm256_storeu_ps(p, v.low);
+    _mm256_storeu_ps(p + 8, v.high);
+  }
+  KTK_INLINE F add(F a, F b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+  KTK_INLINE F mul(F a, F b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+  KTK_INLINE F div(F a, F b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+  KTK_INLINE F fma(F a, F b, F c) {
+    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+  }
+  KTK_INLINE F min(F a, F b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
+  KTK_INLINE F max(F a, F b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+
+  KTK_INLINE I zero_i() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  KTK_INLINE I set1_i(int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
+  KTK_INLINE I load_i(const void *p) {
+    const __m256i *halves = (const __m256i *)p;
+    return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
+  }
+  KTK_INLINE void store_i(void *p, I v) {
+    __m256i *halves = (__m256i *)p;
+    _mm256_storeu_si256(halves, v.low);
+    _mm256_storeu_si256(halves + 1, v.high);
+  }
+  KTK_INLINE I add_i(I a, I b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
+  KTK_INLINE I sub_i(I a, I b) { return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)}; }
+  KTK_INLINE I mul_i(I a, I b) {
+    return {_mm256_mullo_epi32(a.low, b.low), _mm256_mullo_epi32(a.high, b.high)};
+  }
+  KTK_INLINE I and_i(I a, I b) { return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high)}; }
+  KTK_INLINE I max_i(I a, I b) { return {_mm256_max_epi32(a.low, b.low), _mm256_max_epi32(a.high, b.high)}; }
+  KTK_INLINE I shift_left_23(I a) { return {_mm256_slli_epi32(a.low, 23), _mm256_slli_epi32(a.high, 23)}; }
+  KTK_INLINE int32_t reduce_add_i(I a) {
+    const __m256i eight = _mm256_add_epi32(a.low, a.high);
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+    return _mm_cvtsi128_si32(four);
+  }
+  KTK_INLINE int32_t reduce_max_i(I a) {
+    const __m256i eight = _mm256_max_epi32(a.low, a.high);
+    __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
+    return _mm_cvtsi128_si32(four);
+  }
+  KTK_INLINE F from_i(I a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
+  KTK_INLINE I round_i(F a) { return {_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)}; }
+  KTK_INLINE F as_f(I a) { return {_mm256_castsi256_ps(a.low), _mm256_castsi256_ps(a.high)}; }
+  KTK_INLINE I as_i(F a) { return {_mm256_castps_si256(a.low), _mm256_castps_si256(a.high)}; }
+
+  KTK_INLINE __m256 bf16_to_f32(__m128i halves) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+  }
+  KTK_INLINE F load_bf16(const uint16_t *p) {
+    const __m128i *halves = (const __m128i *)p;
+    return {bf16_to_f32(_mm_loadu_si128(halves)), bf16_to_f32(_mm_loadu_si128(halves + 1))};
+  }
+  // Each lane's bf16 in its low half, rounded to nearest even; a NaN stays one and becomes quiet.
+  KTK_INLINE __m256i round_to_bf16(__m256 v) {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
+  }
+  KTK_INLINE void store_bf16(uint16_t *p, F v) {
+    const __m256i packed = _mm256_packus_epi32(round_to_bf16(v.low), round_to_bf16(v.high));
+    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(packed, 0xd8));
+  }
+  KTK_INLINE F load_f16(const uint16_t *p) {
+    const __m128i *halves = (const __m128i *)p;
+    return {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
+  }
+  KTK_INLINE void store_f16(uint16_t *p, F v) {
+    __m128i *halves = (__m128i *)p;
+    _mm_storeu_si128(halves, _mm256_cvtps_ph(v.low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm_storeu_si128(halves + 1, _mm256_cvtps_ph(v.high, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  KTK_INLINE void store_low_bytes(uint8_t *p, I v) {
+    const __m256i byte = _mm256_set1_epi32(255);
+    __m256i packed = _mm256_packus_epi32(_mm256_and_si256(v.low, byte), _mm256_and_si256(v.high, byte));
+    packed = _mm256_permute4x64_epi64(packed, 0xd8);
+    _mm_storeu_si128((__m128i *)p,
+                     _mm_packus_epi16(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1)));
+  }
+  KTK_INLINE I load_u8(const uint8_t *p) {
+    const __m128i bytes = _mm_loadu_si128((const __m128i *)p);
+    return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
+  }
+
+  KTK_INLINE int32_t load_quad(const uint8_t *p) {
+    int32_t quad;
+    __builtin_memcpy(&quad, p, 4);
+    return quad;
+  }
+  KTK_INLINE W8 split_u8(const uint8_t *tile_row) {
+    const I bytes = load_i(tile_row);
+    const __m256i low = _mm256_set1_epi16(255);
+    return {{_mm256_and_si256(bytes.low, low), _mm256_and_si256(bytes.high, low)},
+            {_mm256_srli_epi16(bytes.low, 8), _mm256_srli_epi16(bytes.high, 8)}};
+  }
+  KTK_INLINE A8 quad_s8(const uint8_t *activations) {
+    const __m256i quad = _mm256_set1_epi32(load_quad(activations));
+    return {_mm256_srai_epi16(_mm256_slli_epi16(quad, 8), 8), _mm256_srai_epi16(quad, 8)};
+  }
+  KTK_INLINE I dot_u8s8(I sum, W8 weights, A8 quad) {
+    sum = add_i(sum, {_mm256_madd_epi16(weights.even.low, quad.even),
+                      _mm256_madd_epi16(weights.even.high, quad.even)});
+    return add_i(
+        sum, {_mm256_madd_epi16(weights.odd.low, quad.odd), _mm256_madd_epi16(weights.odd.high, quad.odd)});
+  }
+  KTK_INLINE I low_nibbles(I bytes) { return and_i(bytes, set1_i(0x0f0f0f0f)); }
+  KTK_INLINE I high_nibbles(I bytes) {
+    return low_nibbles({_mm256_srli_epi32(bytes.low, 4), _mm256_srli_epi32(bytes.high, 4)});
+  }
+  KTK_INLINE I quad_u4(const uint8_t *activations) { return set1_i(load_quad(activations)); }
+  // Products of a nibble and an int8 stay below 2^15 in pairs: vpmaddubsw does not saturate here.
+  KTK_INLINE __m256i quad_sums(__m256i nibbles, __m256i quad) {
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(nibbles, quad), _mm256_set1_epi16(1));
+  }
+  KTK_INLINE I dot_u4s8(I sum, I nibbles, I quad) {
+    return add_i(sum, {quad_sums(nibbles.low, quad.low), quad_sums(nibbles.high, quad.high)});
+  }
+
+  KTK_INLINE WB split_bf16(const uint8_t *tile_row) {
+    const I pairs = load_i(tile_row);
+    const __m256i odd = _mm256_set1_epi32((int)0xffff0000);
+    return {as_f({_mm256_slli_epi32(pairs.low, 16), _mm256_slli_epi32(pairs.high, 16)}),
+            as_f({_mm256_and_si256(pairs.low, odd), _mm256_and_si256(pairs.high, odd)})};
+  }
+  KTK_INLINE AB pair_bf16(const uint8_t *activations) {
+    const __m256i pair = _mm256_set1_epi32(load_quad(activations));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(pair, 16)),
+            _mm256_castsi256_ps(_mm256_and_si256(pair, _mm256_set1_epi32((int)0xffff0000)))};
+  }
+  KTK_INLINE F dot_bf16(F sum, WB weights, AB pair) {
+    return fma(weights.odd, {pair.odd, pair.odd}, fma(weights.even, {pair.even, pair.even}, sum));
+  }
+};

@@ -1,0 +1,128 @@
+// Primitives for AVX-512 F, BW, VL and DQ. A vector of 16 lanes is one register.
+#pragma once
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include "kernels/inline.h"
+
+struct Avx512Ops {
+  typedef __m512 F;
+  // A struct, so that an integer vector and a bf16 one are different types.
+  struct I {
+    __m512i v;
+  };
+  struct W8 {
+    __m512i even, odd;
+  };
+  struct A8 {
+    __m512i even, odd;
+  };
+  struct WB {
+    __m512 even, odd;
+  };
+  struct AB {
+    __m512 even, odd;
+  };
+
+  static constexpr uint32_t kNeeds = kNeedsAvx2 | kNeedsFma | kNeedsF16c | kNeedsAvx512F | kNeedsAvx512Bw |
+                                     kNeedsAvx512Vl | kNeedsAvx512Dq | kNeedsOsYmm | kNeedsOsZmm;
+  static constexpr int32_t kAutomatic = 1;
+  // 8 rows x 2 tiles of sums leave half of the 32 registers for weights and activations.
+  static constexpr int kBlockMaxRows = 8;
+  // Rows from which an expert goes to matrix units; 0: there are none.
+  static constexpr int32_t kTileRows = 0;
+
+  KTK_INLINE F zero_f() { return _mm512_setzero_ps(); }
+  KTK_INLINE F set1_f(float value) { return _mm512_set1_ps(value); }
+  KTK_INLINE F load_f(const float *p) { return _mm512_loadu_ps(p); }
+  KTK_INLINE void store_f(float *p, F v) { _mm512_storeu_ps(p, v); }
+  KTK_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+  KTK_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  KTK_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+  KTK_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  KTK_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
+  KTK_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+
+  KTK_INLINE I zero_i() { return {_mm512_setzero_si512()}; }
+  KTK_INLINE I set1_i(int32_t value) { return {_mm512_set1_epi32(value)}; }
+  KTK_INLINE I load_i(const void *p) { return {_mm512_loadu_si512(p)}; }
+  KTK_INLINE void store_i(void *p, I v) { _mm512_storeu_si512(p, v.v); }
+  KTK_INLINE I add_i(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
+  KTK_INLINE I sub_i(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+  KTK_INLINE I mul_i(I a, I b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+  KTK_INLINE I and_i(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
+  KTK_INLINE I max_i(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }
+  KTK_INLINE I shift_left_23(I a) { return {_mm512_slli_epi32(a.v, 23)}; }
+  KTK_INLINE int32_t reduce_add_i(I a) { return _mm512_reduce_add_epi32(a.v); }
+  KTK_INLINE int32_t reduce_max_i(I a) { return _mm512_reduce_max_epi32(a.v); }
+  KTK_INLINE F from_i(I a) { return _mm512_cvtepi32_ps(a.v); }
+  KTK_INLINE I round_i(F a) { return {_mm512_cvtps_epi32(a)}; }
+  KTK_INLINE F as_f(I a) { return _mm512_castsi512_ps(a.v); }
+  KTK_INLINE I as_i(F a) { return {_mm512_castps_si512(a)}; }
+
+  KTK_INLINE F load_bf16(const uint16_t *p) {
+    const __m256i halves = _mm256_loadu_si256((const __m256i *)p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
+  KTK_INLINE void store_bf16(uint16_t *p, F v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i result = _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), bits,
+                                                _mm512_set1_epi32(0x400000));
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16)));
+  }
+  KTK_INLINE F load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+  KTK_INLINE void store_f16(uint16_t *p, F v) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+  KTK_INLINE void store_low_bytes(uint8_t *p, I v) {
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(v.v));
+  }
+  KTK_INLINE I load_u8(const uint8_t *p) {
+    return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p))};
+  }
+
+  KTK_INLINE int32_t load_quad(const uint8_t *p) {
+    int32_t quad;
+    __builtin_memcpy(&quad, p, 4);
+    return quad;
+  }
+  KTK_INLINE W8 split_u8(const uint8_t *tile_row) {
+    const __m512i bytes = _mm512_loadu_si512(tile_row);
+    return {_mm512_and_si512(bytes, _mm512_set1_epi16(255)), _mm512_srli_epi16(bytes, 8)};
+  }
+  KTK_INLINE A8 quad_s8(const uint8_t *activations) {
+    const __m512i quad = _mm512_set1_epi32(load_quad(activations));
+    return {_mm512_srai_epi16(_mm512_slli_epi16(quad, 8), 8), _mm512_srai_epi16(quad, 8)};
+  }
+  KTK_INLINE I dot_u8s8(I sum, W8 weights, A8 quad) {
+    const __m512i even = _mm512_madd_epi16(weights.even, quad.even);
+    return {_mm512_add_epi32(sum.v, _mm512_add_epi32(even, _mm512_madd_epi16(weights.odd, quad.odd)))};
+  }
+  KTK_INLINE I low_nibbles(I bytes) { return and_i(bytes, set1_i(0x0f0f0f0f)); }
+  KTK_INLINE I high_nibbles(I bytes) { return low_nibbles({_mm512_srli_epi32(bytes.v, 4)}); }
+  KTK_INLINE I quad_u4(const uint8_t *activations) { return set1_i(load_quad(activations)); }
+  KTK_INLINE I dot_u4s8(I sum, I nibbles, I quad) {
+    const __m512i pairs = _mm512_maddubs_epi16(nibbles.v, quad.v);
+    return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
+  }
+
+  KTK_INLINE WB split_bf16(const uint8_t *tile_row) {
+    const __m512i pairs = _mm512_loadu_si512(tile_row);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
+            _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000)))};
+  }
+  KTK_INLINE AB pair_bf16(const uint8_t *activations) {
+    const __m512i pair = _mm512_set1_epi32(load_quad(activations));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)),
+            _mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32((int)0xffff0000)))};
+  }
+  KTK_INLINE F dot_bf16(F sum, WB weights, AB pair) {
+    return _mm512_fmadd_ps(weights.odd, pair.odd, _mm512_fmadd_ps(weights.even, pair.even, sum));
+  }
+};

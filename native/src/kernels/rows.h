@@ -1,0 +1,175 @@
+// Activations: reading the caller's rows, quantising them, and the layout that the products read (see
+// core/backend.h).
+#pragma once
+
+#include "core/backend.h"
+#include "kernels/inline.h"
+#include "ktk.h"
+
+// The 16 values from `index` of a row with `count` values of `dtype`; zero past the end.
+template <class Ops>
+KTK_INLINE typename Ops::F load_values(const void *values, int32_t dtype, int64_t index, int64_t count) {
+  const int64_t left = count - index;
+  if (dtype == KTK_DTYPE_F32) {
+    const float *p = (const float *)values + index;
+    if (left >= 16) return Ops::load_f(p);
+    float tail[16] = {};
+    __builtin_memcpy(tail, p, (uint64_t)left * 4);
+    return Ops::load_f(tail);
+  }
+  const uint16_t *p = (const uint16_t *)values + index;
+  uint16_t tail[16] = {};
+  if (left < 16) {
+    __builtin_memcpy(tail, p, (uint64_t)left * 2);
+    p = tail;
+  }
+  return dtype == KTK_DTYPE_BF16 ? Ops::load_bf16(p) : Ops::load_f16(p);
+}
+
+// Writes 16 values at `index` of a row with `count` values of `dtype`, as many as there are.
+template <class Ops>
+KTK_INLINE void store_values(void *values, int32_t dtype, int64_t index, int64_t count, typename Ops::F v) {
+  const int64_t left = count - index;
+  if (dtype == KTK_DTYPE_F32) {
+    float *p = (float *)values + index;
+    if (left >= 16) return Ops::store_f(p, v);
+    float tail[16];
+    Ops::store_f(tail, v);
+    __builtin_memcpy(p, tail, (uint64_t)left * 4);
+    return;
+  }
+  uint16_t *p = (uint16_t *)values + index;
+  uint16_t tail[16];
+  uint16_t *target = left >= 16 ? p : tail;
+  if (dtype == KTK_DTYPE_BF16) {
+    Ops::store_bf16(target, v);
+  } else {
+    Ops::store_f16(target, v);
+  }
+  if (left < 16) __builtin_memcpy(p, tail, (uint64_t)left * 2);
+}
+
+// The largest magnitude among `count` values, as the bits of an fp32: as integers, magnitudes order like
+// numbers, infinity above them and NaN above infinity.
+template <class Ops>
+KTK_INLINE int32_t largest_magnitude_bits(const void *values, int32_t dtype, int64_t first, int64_t last) {
+  typename Ops::I largest = Ops::zero_i();
+  const typename Ops::I magnitude = Ops::set1_i(0x7fffffff);
+  for (int64_t i = first; i < last; i += 16) {
+    largest = Ops::max_i(largest, Ops::and_i(Ops::as_i(load_values<Ops>(values, dtype, i, last)), magnitude));
+  }
+  return Ops::reduce_max_i(largest);
+}
+
+constexpr int32_t kInfinityBits = 0x7f800000;
+constexpr int32_t kNegligibleBits = (127 - 100) << 23;  // 2^-100: below it 127 / amax nears overflow
+
+KTK_INLINE float float_of_bits(int32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+// The scale of a group with the given largest magnitude, and what its values are multiplied with.
+struct Int8Scale {
+  float scale, inverse;
+};
+KTK_INLINE Int8Scale int8_scale(int32_t amax_bits) {
+  if (amax_bits >= kInfinityBits) return {float_of_bits(0x7fc00000), 0.0f};
+  if (amax_bits < kNegligibleBits) return {0.0f, 0.0f};
+  const float amax = float_of_bits(amax_bits);
+  return {amax / 127.0f, 127.0f / amax};
+}
+
+// Quantises values [first, last) of a row to int8 with one scale, into the steps of `row`, and zeroes the
+// rest of the last step. `first` is on a step; segments are counted from it.
+template <class Ops>
+KTK_INLINE void quantise_group(const void *values, int32_t dtype, int64_t first, int64_t last,
+                               int64_t segment_columns, uint8_t *row, int64_t step_stride_bytes, float *scale,
+                               int32_t *sums) {
+  const int32_t amax_bits = largest_magnitude_bits<Ops>(values, dtype, first, last);
+  const Int8Scale s = int8_scale(amax_bits);
+  *scale = s.scale;
+  const typename Ops::F inverse = Ops::set1_f(s.inverse);
+  const int64_t end = (last + kStepBytes - 1) / kStepBytes * kStepBytes;
+  // A non-finite row multiplies 0 by its NaN scale, never a rounded NaN.
+  const bool finite = amax_bits < kInfinityBits;
+  typename Ops::I sum = Ops::zero_i();
+  for (int64_t i = first; i < end; i += 16) {
+    const typename Ops::I q = i < last && finite
+                                  ? Ops::round_i(Ops::mul(load_values<Ops>(values, dtype, i, last), inverse))
+                                  : Ops::zero_i();
+    Ops::store_low_bytes(row + i / kStepBytes * step_stride_bytes + i % kStepBytes, q);
+    sum = Ops::add_i(sum, q);
+    if ((i + 16 - first) % segment_columns == 0 || i + 16 >= end) {
+      const int64_t segment = (i - first) / segment_columns;
+      // The last step may hold a segment that is all padding, which has no sum.
+      if (first + segment * segment_columns < last) sums[segment] = Ops::reduce_add_i(sum);
+      sum = Ops::zero_i();
+    }
+  }
+}
+
+// Rounds values [first, last) of a row to bf16 into the steps of `row`, zeroing the rest of the last step.
+template <class Ops>
+KTK_INLINE void round_group(const void *values, int32_t dtype, int64_t first, int64_t last, uint8_t *row,
+                            int64_t step_stride_bytes) {
+  constexpr int64_t kColumns = kStepBytes / 2;
+  const int64_t end = (last + kColumns - 1) / kColumns * kColumns;
+  for (int64_t i = first; i < end; i += 16) {
+    const typename Ops::F v = i < last ? load_values<Ops>(values, dtype, i, last) : Ops::zero_f();
+    Ops::store_bf16((uint16_t *)(row + i / kColumns * step_stride_bytes + i % kColumns * 2), v);
+  }
+}
+
+KTK_INLINE int64_t segment_columns(const Gemm &gemm, int step_columns) {
+  return gemm.halves == 2 ? step_columns / 2 : (int64_t)gemm.segment_steps * step_columns;
+}
+
+// Where row `index` of `rows` rows lies: its first step, and the distance between its steps.
+struct RowAddress {
+  uint8_t *data;
+  int64_t step_stride_bytes;
+};
+KTK_INLINE RowAddress row_address(uint8_t *data, const Gemm &gemm, int rows, int index) {
+  const int block = index / kBlockRows;
+  const int left = rows - block * kBlockRows;
+  const int block_rows = left < kBlockRows ? left : kBlockRows;
+  uint8_t *start = data + (int64_t)block * kBlockRows * gemm.steps * kStepBytes;
+  return {start + (index % kBlockRows) * kStepBytes, (int64_t)block_rows * kStepBytes};
+}
+
+template <class Ops, class Format>
+static void quantise_rows(const QuantiseArgs *args) {
+  const Gemm &gemm = *args->gemm;
+  const int64_t row_bytes = (int64_t)gemm.steps * kStepBytes;
+  const int64_t value_bytes = args->dtype == KTK_DTYPE_F32 ? 4 : 2;
+  for (int64_t t = args->first; t < args->last; t++) {
+    const void *values = (const uint8_t *)args->input + t * gemm.depth * value_bytes;
+    uint8_t *row = args->rows.data + t * row_bytes;
+    if constexpr (Format::kInteger) {
+      quantise_group<Ops>(values, args->dtype, 0, gemm.depth, segment_columns(gemm, Format::kStepColumns),
+                          row, kStepBytes, args->rows.scale + t, args->rows.sum + t * gemm.segments);
+    } else {
+      round_group<Ops>(values, args->dtype, 0, gemm.depth, row, kStepBytes);
+    }
+  }
+}
+
+template <class Ops, class Format>
+static void gather_block(const GatherArgs *args) {
+  const Gemm &gemm = *args->gemm;
+  for (int r = 0; r < args->count; r++) {
+    const int64_t token = args->tokens[r];
+    const uint8_t *from = args->from.data + token * gemm.steps * kStepBytes;
+    uint8_t *to = args->to.data + r * kStepBytes;
+    for (int s = 0; s < gemm.steps; s++) {
+      Ops::store_i(to + (int64_t)s * args->count * kStepBytes, Ops::load_i(from + (int64_t)s * kStepBytes));
+    }
+    if constexpr (Format::kInteger) {
+      args->to.scale[r] = args->from.scale[token];
+      __builtin_memcpy(args->to.sum + (int64_t)r * gemm.segments, args->from.sum + token * gemm.segments,
+                       (uint64_t)gemm.segments * 4);
+    }
+  }
+}
