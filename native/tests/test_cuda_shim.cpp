@@ -77,6 +77,8 @@ TEST(without_cuda) {
     Work work;
     CHECK_THROWS(KTK_ERR_SYSTEM, "no CUDA run time", submit_on_stream(queue, kStream, work.task()));
     CHECK_THROWS(KTK_ERR_SYSTEM, "no CUDA run time", sync_on_stream(queue, kStream, 0));
+    CHECK_THROWS(KTK_ERR_SYSTEM, "no CUDA run time", ktk::stream_is_capturing(kStream));
+    CHECK(!ktk::stream_is_capturing(0));
     CHECK_EQUAL(work.freed.load(), 0);
     submit_on_stream(queue, 0, work.task());
     sync_on_stream(queue, 0, 0);
@@ -145,7 +147,9 @@ TEST(graph_replays) {
   WorkerPool pool({{0, 2}}, true, -1);
   {
     TaskQueue queue(pool);
+    CHECK(!ktk::stream_is_capturing(kStream));
     cuda.set_capture(1);
+    CHECK(ktk::stream_is_capturing(kStream));
     submit_on_stream(queue, kStream, work.task());
     sync_on_stream(queue, kStream, 0);
     cuda.set_capture(0);

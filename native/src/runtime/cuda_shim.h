@@ -21,6 +21,10 @@ struct CudaInfo {
 CudaInfo cuda_info();
 bool cuda_available();
 
+// Whether the stream is being captured into a graph; never for stream 0 without CUDA. Throws as
+// submit_on_stream does.
+bool stream_is_capturing(uintptr_t stream);
+
 // Submits `task` to the queue when `stream` (a cudaStream_t) has reached this point. While the stream
 // is being captured into a graph, the task belongs to the graph: it is submitted by each replay, and
 // its `done` is called when the queue goes; the graph must not be replayed after that. Stream 0 on a
