@@ -152,8 +152,9 @@ def activation_of(module: Any) -> Activation:
     found = [getattr(source, name, None) for source in sources for name in names]
     numbers = sorted({float(v) for v in found if isinstance(v, (int, float)) and 0 < v < float("inf")})
     reach = 2 * max([6.0, *numbers])
-    gate = torch.linspace(-reach, reach, 101).repeat_interleave(21)
-    up = torch.linspace(-reach, reach, 21).repeat(101)
+    # Models are built under a default dtype and device of their own.
+    gate = torch.linspace(-reach, reach, 101, dtype=torch.float32, device="cpu").repeat_interleave(21)
+    up = torch.linspace(-reach, reach, 21, dtype=torch.float32, device="cpu").repeat(101)
     problem = "its values are those of no activation that ktk has"
     try:
         with torch.no_grad(), torch.device("cpu"):
@@ -361,7 +362,7 @@ class _Found:
     """An experts module whose weights the checkpoint has one by one."""
 
     name: str
-    module: nn.Module
+    module: Any
     config: LayerConfig
 
 
@@ -442,7 +443,7 @@ def load_model(
                     taken.append(_Found(name, module, _layer_config(name, module, _sizes(module), options)))
                     _strip(module)
                     # Nothing of it is left to initialise, and the model's own code would look for it.
-                    module._is_hf_initialized = True
+                    taken[-1].module._is_hf_initialized = True
 
         # transformers finds features of a model class in the source of the module it says it is from.
         members = {
