@@ -1,4 +1,4 @@
-# cython: language_level=3, embedsignature=True, embedsignature.format=python
+# cython: language_level=3, embedsignature=True
 """The binding through Cython. What it exports is described in api.pyi."""
 
 import atexit
