@@ -9,6 +9,8 @@ struct Bf16 {
   static constexpr int kTileBytes = 1024;
   static constexpr bool kInteger = false;
   static constexpr int kZeroPoint = 0;
+  // The smallest fp32 magnitude that has no finite bf16.
+  static constexpr int32_t kRoundsToInfinity = 0x7f7f8000;
 
   template <class Ops, int NT, int MR>
   KTK_INLINE void step(typename Ops::F (&sum)[MR][NT], const uint8_t *rows, const uint8_t *tiles,
@@ -33,7 +35,7 @@ struct Bf16 {
     const Gemm &gemm = *args->gemm;
     for (int n = 0; n < kPanelColumns; n++) {
       if (args->rows[n] != nullptr &&
-          largest_magnitude_bits<Ops>(args->rows[n], args->dtype, 0, args->full_depth) >= kInfinityBits) {
+          largest_magnitude_bits<Ops>(args->rows[n], args->dtype, 0, args->full_depth) >= kRoundsToInfinity) {
         return 1;
       }
       const int64_t last = args->first_column + gemm.depth;

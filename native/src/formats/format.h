@@ -8,7 +8,8 @@
 //   kZeroPoint       integer formats: the stored value that means 0 (symmetric weights)
 //   step             adds one step of MR activation rows (64 bytes apart) times NT tiles
 //   tile_operand     the tile as a matrix-unit operand (`half`: -1 all of it, else 32 of its columns)
-//   pack             16 output rows into tiles, scales and zero points; 1 if a weight is not finite
+//   pack             16 output rows into tiles, scales and zero points; 1 if a weight or a
+//                    scale is not finite
 //
 // docs/adding-a-format.md walks through one.
 #pragma once

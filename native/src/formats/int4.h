@@ -100,6 +100,7 @@ struct Int4 {
       }
       Group group = {0.0f, 0.0f, gemm.asymmetric ? 0 : kZeroPoint};
       if (row != nullptr && per_row) group = group_of<Ops>(args, row, 0, args->full_depth);
+      if (magnitude_bits(group.scale) >= kInfinityBits) return 1;
       if (per_row) __builtin_memcpy(args->scale + n * 4, &group.scale, 4);
       for (int64_t step = 0; step < gemm.steps; step++) {
         uint8_t codes[kStepColumns];
@@ -111,6 +112,7 @@ struct Int4 {
               group = group_of<Ops>(args, row, args->first_column + column,
                                     args->first_column + (end < gemm.depth ? end : gemm.depth));
             }
+            if (magnitude_bits(group.scale) >= kInfinityBits) return 1;
             const int64_t at = column / gemm.group_columns * args->group_stride + n;
             uint32_t bits;
             __builtin_memcpy(&bits, &group.scale, 4);

@@ -70,6 +70,12 @@ KTK_INLINE float float_of_bits(int32_t bits) {
   return value;
 }
 
+KTK_INLINE int32_t magnitude_bits(float value) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  return bits & 0x7fffffff;
+}
+
 // The scale of a group with the given largest magnitude, and what its values are multiplied with.
 struct Int8Scale {
   float scale, inverse;

@@ -217,11 +217,6 @@ bool stream_is_capturing(uintptr_t stream) {
   return api != nullptr && is_capturing(*api, reinterpret_cast<void *>(stream));
 }
 
-bool stream_is_capturing(uintptr_t stream) {
-  const CudaApi *api = api_for_stream(stream);
-  return api != nullptr && is_capturing(*api, reinterpret_cast<void *>(stream));
-}
-
 void submit_on_stream(TaskQueue &queue, uintptr_t stream, const Task &task) {
   const CudaApi *api = api_for_stream(stream);
   if (api == nullptr) {

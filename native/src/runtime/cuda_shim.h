@@ -32,9 +32,6 @@ bool stream_is_capturing(uintptr_t stream);
 // or a call of it failed); then the caller still owns the task.
 void submit_on_stream(TaskQueue &queue, uintptr_t stream, const Task &task);
 
-// Whether the stream is being captured into a graph; false without CUDA. Throws KTK_ERR_SYSTEM.
-bool stream_is_capturing(uintptr_t stream);
-
 // Makes the stream wait, from this point on, until at most `allow_n_pending` of the tasks submitted by
 // then are left. A failure of those tasks stays kept. Returns at once; throws a failure that was kept
 // before the call. Stream 0 without CUDA: TaskQueue::sync.
