@@ -173,15 +173,16 @@ class Layer:
             g = np.where(np.isnan(g), g, np.minimum(g, np.float32(limit)))
             u = np.clip(u, -float(np.float32(limit)), float(np.float32(limit)))
         slope = float(np.float32(alpha)) if alpha > 0 else 1.0
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore"):
             half = g / (1 + np.exp(-slope * g))
+            share = 1 / (1 + np.exp(slope * g))
         if alpha > 0:
             u = u + 1
         value = half * u
         # Whatever the slope, |d/dg (g sigmoid(slope g))| < 1.1. Rounding slope * g costs the exponential
-        # |slope g| units, and rounding up + 1 one.
+        # |slope g| units, of which the denominator feels the exponential's share; rounding up + 1 costs one.
         half_error = 1.1 * gate.error
-        relative = ACTIVATION_ERROR + (1 + np.abs(slope * g) if alpha > 0 else 0.0)
+        relative = ACTIVATION_ERROR + (1 + np.abs(slope * g) * share if alpha > 0 else 0.0)
         error = half_error * (np.abs(u) + up.error) + np.abs(half) * up.error + relative * U32 * np.abs(value)
         # Past the end of the exponential's range a quotient stands where a number near zero should.
         past = (-slope * g > EXPONENTIAL_END - 1) * np.abs(g) * (1.001 * np.exp(-EXPONENTIAL_END))
