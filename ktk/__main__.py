@@ -22,8 +22,8 @@ def main() -> int:
         from ktk import cli
     except ImportError as error:
         sys.stderr.write(
-            f"ktk: the command line cannot be imported ({error}); it needs typer and rich: 'pip install "
-            "ktk[cli]'. 'python -m ktk doctor' works without them.\n"
+            f"ktk: the command line cannot be imported ({error}); it needs typer and rich: pip install "
+            "'ktk[cli]'. 'python -m ktk doctor' works without them.\n"
         )
         return 2
     return cli.main(arguments)

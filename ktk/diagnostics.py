@@ -334,6 +334,12 @@ def _render_ranges(ranges: Any) -> str:
     return ", ".join(parts)
 
 
+def _short_reason(message: str) -> str:
+    """Cut what the heading of the list says already."""
+    match = re.search(r"\bit (lacks .*?)(;|$)", message)
+    return match[1] if match else message
+
+
 def _flat(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_flat(item)}" for key, item in value.items()) or "none"
@@ -382,7 +388,7 @@ def render(report: dict[str, Any]) -> str:
             row(label.replace("_", " "), _flat(native[label]))
         section("Instruction sets (built into this library, best first)")
         for entry in native["isas"]:
-            row(entry["name"], "runs here" if entry["runnable"] else f"does not run here: {entry['why_not']}")
+            row(entry["name"], "runs here" if entry["runnable"] else f"no: {_short_reason(entry['why_not'])}")
         for entry in native["isas"]:
             if entry["runnable"]:
                 chosen = " (default)" if entry["name"] == native["default_isa"] else ""

@@ -73,6 +73,8 @@ def run(
     load_s = time.perf_counter() - began
     tokenizer = load_tokenizer(model_dir)
     ids, mask = encode_batch([tokenizer.encode(text) for text in prompt])
+    # PyTorch's first call sets things up that no later one does.
+    generate(model, ids[:1, -1:], mask[:1, -1:], max_new_tokens=1)
     stream = _Stream(tokenizer, ids.shape[1]) if len(prompt) == 1 and not json else None
     if stream is not None:
         sys.stdout.write(prompt[0])
