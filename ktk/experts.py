@@ -371,9 +371,11 @@ class BaseMoEWrapper(abc.ABC):
         if result.device.type == "cuda":
             stream = stream_address(cuda_stream, result.device)
             with on_stream(stream, result.device):
-                queue.sync_with_cuda_stream(stream, allowed)
-                to_device(buffers.outputs[slot], result)
-                self.experts.lifetimes.hold_for_stream(buffers, queue.pending)
+                try:
+                    queue.sync_with_cuda_stream(stream, allowed)
+                    to_device(buffers.outputs[slot], result)
+                finally:
+                    self.experts.lifetimes.hold_for_stream(buffers, queue.pending)
             return result
         try:
             queue.sync(allowed)
@@ -479,6 +481,12 @@ class AMXMoEWrapper(BaseMoEWrapper):
         if packed is not None:
             self.experts.load_packed(packed, physical_to_logical_map=physical_to_logical_map_cpu)
             return
+        others = sorted(file.name for file in path.glob("ktk-*.safetensors"))
+        if others and len(others) == len(list(path.glob("*.safetensors"))):
+            raise KtkArgumentError(
+                f"{path} has no packed weights of layer {self.layer_idx} in format "
+                f"{self.experts.config.format}; it has {others[0]} and {len(others) - 1} more"
+            )
         self.experts.load_checkpoint(
             path, physical_to_logical_map=physical_to_logical_map_cpu, save_to=self._save_path()
         )

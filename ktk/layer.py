@@ -238,6 +238,7 @@ class Experts:
         )
         # Logical expert of each slot; None until weights are loaded, and while a load has failed half-way.
         self._logical: list[int] | None = None
+        self._logical_experts = 0
         self._bias = False
         self.lifetimes = BufferLifetimes()
         self.handle = ops.register_layer(self)
@@ -663,7 +664,7 @@ class Experts:
         self.ready()
         assert self._logical is not None
         slots = {logical: slot for slot, logical in reversed(list(enumerate(self._logical)))}
-        if sorted(slots) != list(range(len(slots))):
+        if len(slots) != self._logical_experts:
             raise KtkStateError(
                 f"layer {self.config.layer_idx} holds only experts {sorted(slots)} of its model, and a "
                 "packed file needs all; pack it from the original weights with save_to"
@@ -714,7 +715,7 @@ class Experts:
             with PackedWriter(save_to, [header], source=source) as writer:
                 pack_slots(writer, header)
         self._bias = bias
-        self._logical = slots
+        self._logical, self._logical_experts = slots, logical_experts
 
     def _pack(self, slot: int, weights: ExpertWeights, clear_bias: bool) -> None:
         dtype = weights.gate.dtype
@@ -787,7 +788,7 @@ class Experts:
             for slot in range(config.num_experts):
                 self._import_zero_bias(slot)
         self._bias = header.bias
-        self._logical = slots
+        self._logical, self._logical_experts = slots, header.num_experts
 
     # ---- forward -------------------------------------------------------------------------------------
 
@@ -896,9 +897,11 @@ class Experts:
                 buffers.outputs[0].data_ptr(),
                 code,
             )
-            queue.sync_with_cuda_stream(stream, 0)
-            to_device(buffers.outputs[0], output)
-            self.lifetimes.hold_for_stream(buffers, queue.pending)
+            try:
+                queue.sync_with_cuda_stream(stream, 0)
+                to_device(buffers.outputs[0], output)
+            finally:
+                self.lifetimes.hold_for_stream(buffers, queue.pending)
 
     def checked(
         self, hidden_states: torch.Tensor, expert_ids: torch.Tensor, expert_weights: torch.Tensor
