@@ -565,7 +565,10 @@ class Queue(_PoolMember):
         if self._tasks.on_own_thread():
             raise _checks.own_task("close")
         super()._destroy()
-        self._tasks.clear()
+
+    def close(self) -> None:
+        super().close()
+        self._tasks = _tasks.QueueTasks()
 
     def _finish(self, status: int) -> None:
         # Without a native failure only that of a callable is raised; with both, the native one is its

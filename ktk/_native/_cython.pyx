@@ -478,7 +478,6 @@ cdef class Queue:
         if handle != NULL:
             with nogil:
                 c.ktk_queue_destroy(handle)
-            self.tasks.clear()
 
     cdef c.ktk_queue *open(self) except NULL:
         if self.handle == NULL:
@@ -647,7 +646,7 @@ cdef class Queue:
         if status != c.KTK_OK:
             self.handle = handle
         _check(status)
-        self.tasks.clear()
+        self.tasks = None
         self.pool = None
 
     def __enter__(self):

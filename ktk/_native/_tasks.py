@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,10 @@ from typing import Any
 __all__ = ["QueueTasks", "run_task"]
 
 _keys = itertools.count(1)
-_tasks: dict[int, tuple[QueueTasks, Callable[[], Any], bool]] = {}
+# A task that waits to run is alive whatever happens to its queue's Python object; one that may be replayed
+# is not, since its closure often refers to the queue.
+_waiting: dict[int, tuple[QueueTasks, Callable[[], Any]]] = {}
+_replayable: weakref.WeakValueDictionary[int, QueueTasks] = weakref.WeakValueDictionary()
 
 
 class QueueTasks:
@@ -24,17 +28,18 @@ class QueueTasks:
 
     def __init__(self) -> None:
         self._failures: deque[BaseException] = deque()
-        self._replayable: dict[object, int] = {}
+        self._functions: dict[int, Callable[[], Any]] = {}
+        self._key_of_function: dict[object, int] = {}
         self._running_thread: int | None = None
 
     def add(self, function: Callable[[], Any]) -> int:
         """Number for a callable that runs once."""
         key = next(_keys)
-        _tasks[key] = (self, function, False)
+        _waiting[key] = (self, function)
         return key
 
     def add_replayable(self, function: Callable[[], Any]) -> int:
-        """Number for a callable that may run any number of times, kept until `clear`.
+        """Number for a callable that may run any number of times, for as long as this object lives.
 
         Equal callables share one number, so that submitting the same one again takes no more memory.
         """
@@ -43,23 +48,16 @@ class QueueTasks:
             identity: object = function
         except TypeError:
             identity = id(function)
-        key = self._replayable.get(identity)
+        key = self._key_of_function.get(identity)
         if key is None:
-            key = self._replayable[identity] = next(_keys)
-            _tasks[key] = (self, function, True)
+            key = self._key_of_function[identity] = next(_keys)
+            self._functions[key] = function
+            _replayable[key] = self
         return key
 
     def discard(self, key: int) -> None:
         """Forgets a callable whose submission failed."""
-        entry = _tasks.get(key)
-        if entry is not None and not entry[2]:
-            del _tasks[key]
-
-    def clear(self) -> None:
-        """Forgets the replayable callables; their numbers fail from then on."""
-        for key in self._replayable.values():
-            _tasks.pop(key, None)
-        self._replayable.clear()
+        _waiting.pop(key, None)
 
     def take_failure(self) -> BaseException | None:
         """The first exception since the last call; later ones are dropped, as the C library does."""
@@ -89,12 +87,12 @@ def run_task(key: int) -> int:
     Returns 0 also when the callable raised: the exception object waits in its `QueueTasks`, and a status
     could only repeat that without its type. Any other value says that the number is unknown.
     """
-    entry = _tasks.get(key)
-    if entry is None:
+    once = _waiting.pop(key, None)
+    if once is not None:
+        once[0]._run(once[1])
+        return 0
+    queue_tasks = _replayable.get(key)
+    if queue_tasks is None:
         return 1
-    queue_tasks, function, replayable = entry
-    if not replayable:
-        del _tasks[key]
-    del entry
-    queue_tasks._run(function)
+    queue_tasks._run(queue_tasks._functions[key])
     return 0
