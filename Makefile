@@ -1,0 +1,110 @@
+# `make demo` and `make test` are all one needs; `make help` lists the rest.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+# A requirement or a wheel file. Installed first and by itself, so that nothing later asks for another release.
+TORCH ?= torch==2.13.0
+# Test processes at a time.
+JOBS ?= 2
+# More arguments for `ktk demo` and for pytest.
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+SOURCES := $(shell find ktk native -type f -not -name '*.py[co]') \
+  meson.build meson.options pyproject.toml README.md LICENSE
+CPP_FILES := $(shell find native -name '*.cpp' -o -name '*.h')
+NATIVE_TESTS := --reconfigure -Dnative_tests=true -Damx_emulation=false
+
+.PHONY: help demo test lint native-test sanitize sdist pytest pytest-ctypes docs wheel clean
+help:
+	@echo "make demo           generate text with the shipped model and compare the weight formats"
+	@echo "make test           everything below"
+	@echo "make lint           ruff, mypy and clang-format"
+	@echo "make wheel          build the wheel: build/wheel/*.whl"
+	@echo "make sdist          build an sdist, and hold the wheel made from it against the other one"
+	@echo "make native-test    C++ tests"
+	@echo "make sanitize       C++ tests under ThreadSanitizer, and under Address- and UBSanitizer"
+	@echo "make pytest         Python tests under the Cython binding; PYTEST_ARGS=... chooses some"
+	@echo "make pytest-ctypes  those that reach the native library, under the ctypes binding"
+	@echo "make docs           HTML documentation in build/docs"
+	@echo "make clean          remove build/ and the virtual environment"
+
+# Quick checks come first, and the longest run last, so that a log ends with its summary.
+test:
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory native-test
+	@$(MAKE) --no-print-directory sanitize
+	@$(MAKE) --no-print-directory sdist
+	@$(MAKE) --no-print-directory docs
+	@$(MAKE) --no-print-directory pytest-ctypes
+	@$(MAKE) --no-print-directory pytest
+
+demo: $(VENV)/.demo
+	$(BIN)/ktk demo $(DEMO_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+
+wheel: build/wheel/.done
+
+sdist: $(VENV)/.dev build/wheel/.done
+	PATH="$$PWD/$(BIN):$$PATH" $(BIN)/python tests/tools/check_sdist.py build/sdist build/wheel/*.whl
+
+native-test: $(VENV)/.dev
+	@PATH="$$PWD/$(BIN):$$PATH" CXX="$${CXX:-}" tests/tools/native_tests.sh build/native-tests
+
+sanitize: $(VENV)/.dev
+	@PATH="$$PWD/$(BIN):$$PATH" tests/tools/native_tests.sh build/native-tests-thread thread
+	@PATH="$$PWD/$(BIN):$$PATH" tests/tools/native_tests.sh build/native-tests-address address,undefined
+
+pytest: $(VENV)/.test
+	KTK_BINDING=cython KTK_BUILD_DIR="$$PWD/build/native" $(PYTEST)
+
+pytest-ctypes: $(VENV)/.test
+	KTK_BINDING=ctypes $(PYTEST) -m "not any_binding"
+
+docs: $(VENV)/.test
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+
+clean:
+	rm -rf build $(VENV)
+
+# ---- set-up: a stamp for each step, so that nothing is done twice --------------------------------
+
+$(VENV)/.torch:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ktk needs Python 3.10 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+	$(PIP) install "$(TORCH)"
+	@touch $@
+
+# Tools and libraries for work on ktk, without ktk itself.
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml tests/constraints.txt
+	$(BIN)/python tests/tools/requirements.py > $(VENV)/dev.txt
+	$(PIP) install -c tests/constraints.txt -r $(VENV)/dev.txt
+	@touch $@
+
+# Compiled in a clean environment, as for any user; the build folder is kept, for the next time to be quick.
+build/wheel/.done: $(VENV)/.torch $(SOURCES)
+	rm -rf build/wheel
+	$(PIP) wheel --no-deps --wheel-dir build/wheel -Cbuild-dir=build/native .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.dev build/wheel/.done
+	$(PIP) install --force-reinstall --no-deps build/wheel/*.whl
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch build/wheel/.done
+	wheel=$$(echo build/wheel/*.whl); $(PIP) install -c tests/constraints.txt "$$wheel[cli,transformers]"
+	$(PIP) install --force-reinstall --no-deps build/wheel/*.whl
+	@touch $@
