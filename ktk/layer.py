@@ -837,33 +837,33 @@ class Experts:
         """`forward` without a look at gradients: what ``torch.ops.ktk.moe_forward`` calls."""
         moe = self.ready()
         flat, ids, weights = self.checked(hidden_states, expert_ids, expert_weights)
-        output = torch.empty(flat.shape, dtype=flat.dtype, device=flat.device)
-        pieces = (
-            slice(begin, begin + self.config.max_tokens)
-            for begin in range(0, flat.shape[0], self.config.max_tokens)
-        )
-        if flat.device.type == "cpu":
+        output = torch.empty_like(flat, memory_format=torch.contiguous_format)
+        tokens, step = flat.shape[0], self.config.max_tokens
+        if flat.is_cuda:
+            for begin in range(0, tokens, step):
+                piece = slice(begin, begin + step)
+                self._run_on_stream(moe, flat[piece], ids[piece], weights[piece], output[piece])
+        else:
+            # Addresses and not slices: making a slice costs about as much as a small forward.
             flat = flat.contiguous()
             ids = ids.to(torch.int64).contiguous()
             weights = weights.to(torch.float32).contiguous()
-            code = _DTYPE_CODES[flat.dtype]
-            for piece in pieces:
-                rows = flat[piece]
-                num_tokens = ctypes.c_int32(rows.shape[0])
+            code, top_k = _DTYPE_CODES[flat.dtype], ids.shape[1]
+            row_bytes = flat.shape[1] * flat.element_size()
+            addresses = (ids.data_ptr(), weights.data_ptr(), flat.data_ptr(), output.data_ptr())
+            for begin in range(0, tokens, step):
+                num_tokens = ctypes.c_int32(min(step, tokens - begin))
                 moe.forward(
                     ctypes.addressof(num_tokens),
-                    ids.shape[1],
-                    ids[piece].data_ptr(),
-                    weights[piece].data_ptr(),
-                    rows.data_ptr(),
+                    top_k,
+                    addresses[0] + begin * top_k * 8,
+                    addresses[1] + begin * top_k * 4,
+                    addresses[2] + begin * row_bytes,
                     code,
-                    output[piece].data_ptr(),
+                    addresses[3] + begin * row_bytes,
                     code,
                 )
-        else:
-            for piece in pieces:
-                self._run_on_stream(moe, flat[piece], ids[piece], weights[piece], output[piece])
-        return output.view(hidden_states.shape)
+        return output if output.shape == hidden_states.shape else output.view(hidden_states.shape)
 
     def _run_on_stream(
         self,
@@ -925,7 +925,7 @@ class Experts:
             raise KtkArgumentError(
                 f"hidden_states must be float32, bfloat16 or float16, got {hidden_states.dtype}"
             )
-        if hidden_states.device.type not in ("cpu", "cuda"):
+        if not (hidden_states.is_cpu or hidden_states.is_cuda):
             raise KtkArgumentError(
                 f"hidden_states must be on the CPU or a CUDA device, got {hidden_states.device}"
             )
@@ -943,9 +943,12 @@ class Experts:
                 f"expert_ids must have 1 to {config.num_experts_per_tok} (num_experts_per_tok) columns, "
                 f"got the shape {list(expert_ids.shape)}"
             )
-        flat = hidden_states.detach().reshape(-1, config.hidden_size)
-        ids = expert_ids.reshape(-1, expert_ids.shape[-1])
-        weights = expert_weights.detach().reshape(-1, expert_weights.shape[-1])
+        flat, ids, weights = hidden_states.detach(), expert_ids, expert_weights.detach()
+        if flat.dim() != 2:
+            flat = flat.reshape(-1, config.hidden_size)
+        if ids.dim() != 2:
+            ids = ids.reshape(-1, ids.shape[-1])
+            weights = weights.reshape(-1, weights.shape[-1])
         if ids.shape[0] != flat.shape[0]:
             raise KtkArgumentError(
                 f"hidden_states has {flat.shape[0]} tokens and expert_ids {ids.shape[0]}; they must agree"
