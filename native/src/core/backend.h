@@ -17,7 +17,7 @@ constexpr int kPanelColumns = 16;        // output neurons of one panel: a tile'
 constexpr int kBlockRows = 16;           // rows of one block of activations: a tile's rows
 constexpr int kStepBytes = 64;           // bytes of K that one step advances each row
 constexpr int kIntermediateGroup = 128;  // columns of the intermediate that share one activation scale
-constexpr int kPassRows = 128;           // rows of one pass over a weight panel (see kernels/expert.h)
+constexpr int kPassRows = 256;           // most rows of one pass over weight panels (see kernels/expert.h)
 
 // One projection as the kernels see it: K is cut into steps, and steps into segments, within which
 // integer products share one weight scale and one activation scale.
@@ -81,7 +81,9 @@ struct GateUpArgs {
   float *scratch;  // kGateUpScratchFloats
 };
 
-constexpr int kGateUpScratchFloats = kPassRows * kIntermediateGroup;
+// Sums of a pass for four tiles; and for gate and up the activations of a group as well.
+constexpr int kDownScratchFloats = kPassRows * 4 * kPanelColumns;
+constexpr int kGateUpScratchFloats = kPassRows * kIntermediateGroup + kDownScratchFloats;
 
 struct DownArgs {
   const Gemm *gemm;  // depth = the shard's intermediate size
@@ -94,7 +96,8 @@ struct DownArgs {
   int32_t hidden_size;
   int32_t first_panel, last_panel;
   int32_t strict;
-  float *sum;  // [tokens][(last_panel - first_panel) * 16]
+  float *scratch;  // kDownScratchFloats
+  float *sum;      // [tokens][(last_panel - first_panel) * 16]
 };
 
 struct FinishArgs {

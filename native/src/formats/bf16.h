@@ -26,7 +26,7 @@ struct Bf16 {
   }
 
   template <class Ops>
-  KTK_INLINE const uint8_t *tile_operand(const uint8_t *tile, uint8_t *, int) {
+  KTK_INLINE const uint8_t *tile_operand(const uint8_t *tile, uint8_t *) {
     return tile;
   }
 

@@ -38,13 +38,13 @@ struct Int4 {
     }
   }
 
-  // Expands nibbles to bytes: quads 0-7 from the low ones, 8-15 from the high ones, or one half alone.
+  // Expands nibbles to bytes: quads 0-7 from the low ones, 8-15 from the high ones.
   template <class Ops>
-  KTK_INLINE const uint8_t *tile_operand(const uint8_t *tile, uint8_t *scratch, int half) {
+  KTK_INLINE const uint8_t *tile_operand(const uint8_t *tile, uint8_t *scratch) {
     for (int quad = 0; quad < 8; quad++) {
       const typename Ops::I bytes = Ops::load_i(tile + quad * 64);
-      if (half != 1) Ops::store_i(scratch + quad * 64, Ops::low_nibbles(bytes));
-      if (half != 0) Ops::store_i(scratch + (quad + (half < 0 ? 8 : 0)) * 64, Ops::high_nibbles(bytes));
+      Ops::store_i(scratch + quad * 64, Ops::low_nibbles(bytes));
+      Ops::store_i(scratch + (quad + 8) * 64, Ops::high_nibbles(bytes));
     }
     return scratch;
   }

@@ -5,3 +5,4 @@
 #include <cstdint>
 
 #define KTK_INLINE static inline __attribute__((always_inline))
+#define KTK_MEMBER inline __attribute__((always_inline))

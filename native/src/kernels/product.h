@@ -9,40 +9,53 @@
 #include "kernels/inline.h"
 #include "kernels/rows.h"
 
-constexpr int kGroupRows = 2 * kBlockRows;  // rows of one call: two tiles high on matrix units
+constexpr int kGroupRows = 2 * kBlockRows;  // rows that one call of the vector kernels is given
+constexpr int kTileBlockSteps = 8;          // steps of K whose weights stay in cache (see tile_product.h)
 
-// NT panels side by side, and the rows they meet.
+// Panels side by side, and the rows they meet. Tiles come in pairs: gate and up of the same neurons, or
+// two panels of the down projection.
 struct Product {
   const Gemm *gemm;
   const uint8_t *tiles;
-  int64_t tile_stride_bytes;  // between the tiles of one step
+  int64_t tile_stride_bytes;  // within a pair
+  int64_t pair_stride_bytes;
   int64_t step_stride_bytes;
   const uint8_t *scale, *zero;
-  int64_t scale_tile_stride, scale_group_stride;  // in scales
+  int64_t scale_tile_stride, scale_pair_stride, scale_group_stride;  // in scales
   Rows rows;
   int32_t row_count;
+
+  KTK_MEMBER int64_t tile_offset_bytes(int j) const {
+    return j / 2 * pair_stride_bytes + j % 2 * tile_stride_bytes;
+  }
+  KTK_MEMBER int64_t scale_offset(int j, int group) const {
+    return j / 2 * scale_pair_stride + j % 2 * scale_tile_stride + group * scale_group_stride;
+  }
 };
 
-// Adds the exact sums of one segment, for row `row`, to its outputs.
-template <class Ops, class Format, int NT>
-KTK_INLINE void add_segment(const Product &p, int segment, int row, const typename Ops::I (&sum)[NT],
-                            float *out) {
-  const Gemm &gemm = *p.gemm;
-  const int64_t group = segment / gemm.segments_per_weight_group * p.scale_group_stride;
-  const int64_t row_group = segment / gemm.segments_per_row_group;
-  const typename Ops::F row_scale = Ops::set1_f(p.rows.scale[(int64_t)row * gemm.row_groups + row_group]);
-  const int32_t row_sum = p.rows.sum[(int64_t)row * gemm.segments + segment];
-  for (int j = 0; j < NT; j++) {
-    const int64_t at = j * p.scale_tile_stride + group;
-    const typename Ops::F scale = gemm.scale_is_bf16 ? Ops::load_bf16((const uint16_t *)p.scale + at)
-                                                     : Ops::load_f((const float *)p.scale + at);
-    const typename Ops::I offset = gemm.asymmetric
-                                       ? Ops::mul_i(Ops::load_u8(p.zero + at), Ops::set1_i(row_sum))
-                                       : Ops::set1_i(Format::kZeroPoint * row_sum);
-    const typename Ops::F exact = Ops::from_i(Ops::sub_i(sum[j], offset));
-    float *target = out + j * kPanelColumns;
-    Ops::store_f(target, Ops::fma(exact, Ops::mul(scale, row_scale), Ops::load_f(target)));
-  }
+// Weight scales and zero points of 16 columns in one segment.
+template <class Ops>
+struct SegmentScale {
+  typename Ops::F scale;
+  typename Ops::I zero;  // asymmetric weights only
+};
+
+template <class Ops>
+KTK_INLINE SegmentScale<Ops> segment_scale(const Product &p, int segment, int j) {
+  const int64_t at = p.scale_offset(j, segment / p.gemm->segments_per_weight_group);
+  return {p.gemm->scale_is_bf16 ? Ops::load_bf16((const uint16_t *)p.scale + at)
+                                : Ops::load_f((const float *)p.scale + at),
+          p.gemm->asymmetric ? Ops::load_u8(p.zero + at) : Ops::zero_i()};
+}
+
+// Adds the exact sums of one segment and row to its 16 outputs.
+template <class Ops, class Format>
+KTK_INLINE void add_scaled(const Gemm &gemm, const SegmentScale<Ops> &scale, typename Ops::I sum,
+                           float row_scale, int32_t row_sum, float *out) {
+  const typename Ops::I offset = gemm.asymmetric ? Ops::mul_i(scale.zero, Ops::set1_i(row_sum))
+                                                 : Ops::set1_i(Format::kZeroPoint * row_sum);
+  const typename Ops::F exact = Ops::from_i(Ops::sub_i(sum, offset));
+  Ops::store_f(out, Ops::fma(exact, Ops::mul(scale.scale, Ops::set1_f(row_scale)), Ops::load_f(out)));
 }
 
 template <class Ops, class Format, int NT, int MR, int Halves>
@@ -68,7 +81,14 @@ static void integer_rows(const Product &p, const RowAddress address, int row, fl
     }
     for (int h = 0; h < Halves && segment + h < gemm.segments; h++) {
       for (int r = 0; r < MR; r++) {
-        add_segment<Ops, Format, NT>(p, segment + h, row + r, sum[h][r], out + r * NT * kPanelColumns);
+        const int64_t at = row + r;
+        const float row_scale =
+            p.rows.scale[at * gemm.row_groups + (segment + h) / gemm.segments_per_row_group];
+        const int32_t row_sum = p.rows.sum[at * gemm.segments + segment + h];
+        for (int j = 0; j < NT; j++) {
+          add_scaled<Ops, Format>(gemm, segment_scale<Ops>(p, segment + h, j), sum[h][r][j], row_scale,
+                                  row_sum, out + (r * NT + j) * kPanelColumns);
+        }
       }
     }
   }

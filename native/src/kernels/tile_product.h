@@ -1,22 +1,31 @@
-// The product by matrix units: two tiles of rows by NT tiles of columns in accumulators 0-3, operands in
-// 4 and 5 (activations) and 6 and 7 (weights).
+// The product by matrix units, for up to 4 panels of 16 columns.
+//
+// K is cut into blocks whose weight tiles (expanded to bytes, for narrower formats) fill about half of the
+// first-level cache of a hyper-thread. A block stays there while every tile of rows streams past it from the
+// second level; what has been summed so far waits in `out`. So each weight is read from memory once a call,
+// each tile of activations once for NT products, and the accumulators once a block:
+//
+//   registers 0-3  accumulators, 16 rows by 16 columns each
+//             4-5  activations, by turns
+//             6-7  weights, by turns
 #pragma once
 
 #include "kernels/product.h"
 
-// Shapes the tiles for two blocks of rows and operands of `depth_bytes` along K.
-KTK_INLINE TileConfig tile_shape(int first_rows, int second_rows, int depth_bytes) {
+// Shapes the tiles for `rows` rows and operands of `depth_bytes` along K.
+KTK_INLINE TileConfig tile_shape(int rows, int depth_bytes) {
   TileConfig config;
-  const int rows[2] = {first_rows, second_rows > 0 ? second_rows : first_rows};
-  for (int i = 0; i < 2; i++) {
-    for (int j = 0; j < 2; j++) {
-      config.rows[2 * i + j] = (uint8_t)rows[i];
-      config.row_bytes[2 * i + j] = kPanelColumns * 4;
-    }
-    config.rows[4 + i] = (uint8_t)rows[i];
-    config.row_bytes[4 + i] = (uint16_t)depth_bytes;
-    config.rows[6 + i] = (uint8_t)(depth_bytes / 4);
-    config.row_bytes[6 + i] = kPanelColumns * 4;
+  for (int i = 0; i < 4; i++) {
+    config.rows[i] = (uint8_t)rows;
+    config.row_bytes[i] = kPanelColumns * 4;
+  }
+  for (int i = 4; i < 6; i++) {
+    config.rows[i] = (uint8_t)rows;
+    config.row_bytes[i] = (uint16_t)depth_bytes;
+  }
+  for (int i = 6; i < 8; i++) {
+    config.rows[i] = (uint8_t)(depth_bytes / 4);
+    config.row_bytes[i] = kPanelColumns * 4;
   }
   return config;
 }
@@ -30,75 +39,158 @@ KTK_INLINE TileConfig tile_shape(int first_rows, int second_rows, int depth_byte
     }                                     \
   } while (0)
 
-// Rows [first, last), at most kGroupRows of them, beginning a block. out: [last - first][NT][16].
+// One step: a tile of rows in register `a` times NT tiles of weights.
+#define KTK_TILE_STEP(a, rows_address, weights)                                  \
+  do {                                                                           \
+    KTK_TILE_LOAD(file, 6, (weights)[0], 64);                                    \
+    KTK_TILE_LOAD(file, a, rows_address, kStepBytes);                            \
+    if constexpr (NT > 1) KTK_TILE_LOAD(file, 7, (weights)[NT > 1 ? 1 : 0], 64); \
+    KTK_TILE_DOT(file, 0, a, 6);                                                 \
+    if constexpr (NT > 2) KTK_TILE_LOAD(file, 6, (weights)[NT > 2 ? 2 : 0], 64); \
+    if constexpr (NT > 1) KTK_TILE_DOT(file, 1, a, 7);                           \
+    if constexpr (NT > 3) KTK_TILE_LOAD(file, 7, (weights)[NT > 3 ? 3 : 0], 64); \
+    if constexpr (NT > 2) KTK_TILE_DOT(file, 2, a, 6);                           \
+    if constexpr (NT > 3) KTK_TILE_DOT(file, 3, a, 7);                           \
+  } while (0)
+
+KTK_INLINE void prefetch_tile(const uint8_t *tile) {
+  for (int line = 0; line < 16; line++) __builtin_prefetch(tile + line * 64, 0, 3);
+}
+
+// The tiles of one block of K as operands.
+template <int NT>
+struct WeightBlock {
+  const uint8_t *tiles[kTileBlockSteps][NT];
+};
+
+template <class Ops, class Format, int NT>
+KTK_INLINE void operands(const Product &p, int first_step, int steps, uint8_t *expanded,
+                         WeightBlock<NT> *block) {
+  for (int s = 0; s < steps; s++) {
+    for (int j = 0; j < NT; j++) {
+      const uint8_t *tile = p.tiles + (first_step + s) * p.step_stride_bytes + p.tile_offset_bytes(j);
+      block->tiles[s][j] = Format::template tile_operand<Ops>(tile, expanded + (s * NT + j) * 1024);
+    }
+  }
+}
+
+// Adds the exact sums of a segment for a tile of rows: sums [NT][16][16], out [rows][NT][16].
+template <class Ops, class Format, int NT>
+KTK_INLINE void add_tile_segment(const Product &p, int segment, int first_row, int rows, const int32_t *sums,
+                                 float *out) {
+  const Gemm &gemm = *p.gemm;
+  const int64_t row_group = segment / gemm.segments_per_row_group;
+  for (int j = 0; j < NT; j++) {
+    const SegmentScale<Ops> scale = segment_scale<Ops>(p, segment, j);
+    for (int r = 0; r < rows; r++) {
+      const int64_t row = first_row + r;
+      add_scaled<Ops, Format>(gemm, scale, Ops::load_i(sums + (j * kBlockRows + r) * kPanelColumns),
+                              p.rows.scale[row * gemm.row_groups + row_group],
+                              p.rows.sum[row * gemm.segments + segment], out + (r * NT + j) * kPanelColumns);
+    }
+  }
+}
+
+// Rows [first, last), beginning a block of rows. out: [last - first][NT][16].
 template <class Ops, class Format, int NT>
 static void tile_product(const Product &p, int first, int last, float *out) {
   const Gemm &gemm = *p.gemm;
-  const int count = last - first;
-  const int first_rows = count < kBlockRows ? count : kBlockRows;
-  const int second_rows = count - first_rows;
-  const RowAddress one = row_address(p.rows.data, gemm, p.row_count, first);
-  const RowAddress two =
-      second_rows > 0 ? row_address(p.rows.data, gemm, p.row_count, first + kBlockRows) : one;
+  const bool whole = gemm.segments == 1;  // sums of all of K stay in one accumulator
   const int halves = Format::kInteger ? gemm.halves : 1;
+  const int depth_bytes = kStepBytes / halves;
+  constexpr int64_t kRowFloats = NT * kPanelColumns;
 
   [[maybe_unused]] TileFile file;
-  const TileConfig config = tile_shape(first_rows, second_rows, kStepBytes / halves);
-  KTK_TILE_CONFIGURE(file, config);
-  alignas(64) uint8_t expanded[2][1024];
-  alignas(64) int32_t sums[2][NT][kBlockRows][kPanelColumns];
+  alignas(64) uint8_t expanded[Format::kTileBytes < 1024 ? kTileBlockSteps * NT * 1024 : 64];
+  alignas(64) int32_t sums[NT * kBlockRows * kPanelColumns];
+  WeightBlock<NT> block;
+  int shaped_rows = 0;
 
-  if constexpr (Format::kInteger) {
-    for (int i = 0; i < count * NT; i++) Ops::store_f(out + i * kPanelColumns, Ops::zero_f());
-  }
-  for (int segment = 0; segment < gemm.segments; segment++) {
-    const int start = halves == 2 ? segment / 2 : segment * gemm.segment_steps;
-    const int stop = start + gemm.segment_steps < gemm.steps ? start + gemm.segment_steps : gemm.steps;
-    const int half = halves == 2 ? segment % 2 : -1;
-    const int64_t half_offset = half == 1 ? kStepBytes / 2 : 0;
-    KTK_TILE_ZERO(file, 0);
-    KTK_TILE_ZERO(file, 1);
-    KTK_TILE_ZERO(file, 2);
-    KTK_TILE_ZERO(file, 3);
-    for (int step = start; step < stop; step++) {
-      const uint8_t *tile = p.tiles + step * p.step_stride_bytes;
-      const uint8_t *left = Format::template tile_operand<Ops>(tile, expanded[0], half);
-      KTK_TILE_FENCE();
-      KTK_TILE_LOAD(file, 4, one.data + step * one.step_stride_bytes + half_offset, kStepBytes);
-      KTK_TILE_LOAD(file, 6, left, 64);
-      KTK_TILE_DOT(file, 0, 4, 6);
-      if constexpr (NT == 2) {
-        const uint8_t *right =
-            Format::template tile_operand<Ops>(tile + p.tile_stride_bytes, expanded[1], half);
-        KTK_TILE_FENCE();
-        KTK_TILE_LOAD(file, 7, right, 64);
-        KTK_TILE_DOT(file, 1, 4, 7);
+  if (!whole) __builtin_memset(out, 0, (uint64_t)(last - first) * kRowFloats * sizeof(float));
+  for (int step0 = 0; step0 < gemm.steps; step0 += kTileBlockSteps) {
+    const int steps = gemm.steps - step0 < kTileBlockSteps ? gemm.steps - step0 : kTileBlockSteps;
+    operands<Ops, Format, NT>(p, step0, steps, expanded, &block);
+    KTK_TILE_FENCE();
+    for (int row = first; row < last; row += kBlockRows) {
+      const int rows = last - row < kBlockRows ? last - row : kBlockRows;
+      if (rows != shaped_rows) {
+        const TileConfig config = tile_shape(rows, depth_bytes);
+        KTK_TILE_CONFIGURE(file, config);
+        shaped_rows = rows;
       }
-      if (second_rows > 0) {
-        KTK_TILE_LOAD(file, 5, two.data + step * two.step_stride_bytes + half_offset, kStepBytes);
-        KTK_TILE_DOT(file, 2, 5, 6);
-        if constexpr (NT == 2) KTK_TILE_DOT(file, 3, 5, 7);
+      const RowAddress address = row_address(p.rows.data, gemm, p.row_count, row);
+      const uint8_t *data = address.data + step0 * address.step_stride_bytes;
+      // The next tile of rows, or the first one of the next block of K.
+      const uint8_t *ahead = row + kBlockRows < last
+                                 ? data + (int64_t)kBlockRows * gemm.steps * kStepBytes
+                                 : row_address(p.rows.data, gemm, p.row_count, first).data +
+                                       (int64_t)(step0 + steps) * kBlockRows * kStepBytes;
+      float *target = out + (row - first) * kRowFloats;
+      if (whole) {
+        if (step0 == 0) {
+          KTK_TILE_ZERO(file, 0);
+          if constexpr (NT > 1) KTK_TILE_ZERO(file, 1);
+          if constexpr (NT > 2) KTK_TILE_ZERO(file, 2);
+          if constexpr (NT > 3) KTK_TILE_ZERO(file, 3);
+        } else {
+          KTK_TILE_LOAD(file, 0, target, kRowFloats * 4);
+          if constexpr (NT > 1) KTK_TILE_LOAD(file, 1, target + kPanelColumns, kRowFloats * 4);
+          if constexpr (NT > 2) KTK_TILE_LOAD(file, 2, target + 2 * kPanelColumns, kRowFloats * 4);
+          if constexpr (NT > 3) KTK_TILE_LOAD(file, 3, target + 3 * kPanelColumns, kRowFloats * 4);
+        }
+        int s = 0;
+        for (; s + 2 <= steps; s += 2) {
+          prefetch_tile(ahead + (int64_t)s * kBlockRows * kStepBytes);
+          KTK_TILE_STEP(4, data + s * address.step_stride_bytes, block.tiles[s]);
+          prefetch_tile(ahead + (int64_t)(s + 1) * kBlockRows * kStepBytes);
+          KTK_TILE_STEP(5, data + (s + 1) * address.step_stride_bytes, block.tiles[s + 1]);
+        }
+        if (s < steps) KTK_TILE_STEP(4, data + s * address.step_stride_bytes, block.tiles[s]);
+        KTK_TILE_STORE(file, 0, target, kRowFloats * 4);
+        if constexpr (NT > 1) KTK_TILE_STORE(file, 1, target + kPanelColumns, kRowFloats * 4);
+        if constexpr (NT > 2) KTK_TILE_STORE(file, 2, target + 2 * kPanelColumns, kRowFloats * 4);
+        if constexpr (NT > 3) KTK_TILE_STORE(file, 3, target + 3 * kPanelColumns, kRowFloats * 4);
+        continue;
       }
-    }
-    KTK_TILE_STORE(file, 0, sums[0][0], 64);
-    if constexpr (NT == 2) KTK_TILE_STORE(file, 1, sums[0][NT - 1], 64);
-    if (second_rows > 0) {
-      KTK_TILE_STORE(file, 2, sums[1][0], 64);
-      if constexpr (NT == 2) KTK_TILE_STORE(file, 3, sums[1][NT - 1], 64);
-    }
-    for (int r = 0; r < count; r++) {
-      float *target = out + r * NT * kPanelColumns;
       if constexpr (Format::kInteger) {
-        typename Ops::I row[NT];
-        for (int j = 0; j < NT; j++) row[j] = Ops::load_i(sums[r / kBlockRows][j][r % kBlockRows]);
-        add_segment<Ops, Format, NT>(p, segment, first + r, row, target);
-      } else {
-        for (int j = 0; j < NT; j++) {
-          Ops::store_i(target + j * kPanelColumns, Ops::load_i(sums[r / kBlockRows][j][r % kBlockRows]));
+        const int first_segment = step0 / gemm.segment_steps * halves;
+        for (int s = 0, segment = first_segment; s < steps && segment < gemm.segments; segment++) {
+          const int64_t offset = (segment - first_segment) % halves * depth_bytes;
+          const int stop = s + gemm.segment_steps < steps ? s + gemm.segment_steps : steps;
+          KTK_TILE_ZERO(file, 0);
+          if constexpr (NT > 1) KTK_TILE_ZERO(file, 1);
+          if constexpr (NT > 2) KTK_TILE_ZERO(file, 2);
+          if constexpr (NT > 3) KTK_TILE_ZERO(file, 3);
+          for (int step = s; step < stop; step++) {
+            const uint8_t *weights[NT];
+            for (int j = 0; j < NT; j++) weights[j] = block.tiles[step][j] + offset * kPanelColumns;
+            KTK_TILE_STEP(4, data + step * address.step_stride_bytes + offset, weights);
+          }
+          KTK_TILE_STORE(file, 0, sums, 64);
+          if constexpr (NT > 1) KTK_TILE_STORE(file, 1, sums + 256, 64);
+          if constexpr (NT > 2) KTK_TILE_STORE(file, 2, sums + 512, 64);
+          if constexpr (NT > 3) KTK_TILE_STORE(file, 3, sums + 768, 64);
+          add_tile_segment<Ops, Format, NT>(p, segment, row, rows, sums, target);
+          // A step of two halves is done after its second.
+          if (halves == 1 || (segment - first_segment) % 2 == 1) s = stop;
         }
       }
     }
   }
   KTK_TILE_RELEASE(file);
+
+  if constexpr (Format::kInteger) {
+    if (!whole) return;
+    for (int r = 0; r < last - first; r++) {
+      for (int j = 0; j < NT; j++) {
+        float *target = out + r * kRowFloats + j * kPanelColumns;
+        const typename Ops::I sum = Ops::load_i(target);
+        Ops::store_f(target, Ops::zero_f());
+        add_scaled<Ops, Format>(gemm, segment_scale<Ops>(p, 0, j), sum, p.rows.scale[first + r],
+                                p.rows.sum[first + r], target);
+      }
+    }
+  }
 }
+#undef KTK_TILE_STEP
 #undef KTK_TILE_DOT

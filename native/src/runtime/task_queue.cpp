@@ -130,7 +130,12 @@ void TaskQueue::work() noexcept {
 void TaskQueue::execute(const Task &task) noexcept {
   place(task.foreign);
   try {
-    task.run(task.context);
+    if (task.foreign) {
+      const SpanScope span(pool_.own_lane(), {Stage::task}, 1);
+      task.run(task.context);
+    } else {
+      task.run(task.context);
+    }
   } catch (...) {
     record_current_exception();
   }
@@ -167,6 +172,7 @@ void TaskQueue::wait(int64_t allow_n_pending) noexcept {
   if (submitted <= allowed) return;
   const uint64_t target = submitted - allowed;
   const auto reached = [this, target] { return finished_.load(std::memory_order_acquire) >= target; };
+  const SpanScope span(pool_.own_lane(), {Stage::sync}, 0);
   // Only where a CPU is left over: elsewhere this thread would keep one from the pool.
   Contention contention;
   if (spin_until(reached, pool_.spare_cpus() > 0 ? kHotNs : 0, contention)) return;

@@ -26,6 +26,11 @@ constexpr uint64_t pack_range(uint32_t begin, uint32_t end) { return uint64_t{be
 constexpr uint32_t range_begin(uint64_t range) { return static_cast<uint32_t>(range >> 32); }
 constexpr uint32_t range_end(uint64_t range) { return static_cast<uint32_t>(range); }
 
+// Of all pools: threads that may take part, 0 for no limit; threads of the largest pool; number of pools.
+std::atomic<int> thread_limit{0};
+std::atomic<int> largest_pool{0};
+std::atomic<uint16_t> pools_made{0};
+
 std::string thread_counts_text(int threads, size_t cpus) {
   return text(threads, threads == 1 ? " thread for " : " threads for ", cpus, cpus == 1 ? " CPU" : " CPUs");
 }
@@ -76,6 +81,12 @@ WorkerPool::WorkerPool(std::vector<SubpoolConfig> subpools, bool bind, int64_t s
     subpools_[i].affinity.resize(static_cast<size_t>(config.threads));
   }
   thread_count_ = static_cast<int>(threads);
+  id_ = pools_made.fetch_add(1, std::memory_order_relaxed);
+  int largest = largest_pool.load(std::memory_order_relaxed);
+  while (largest < thread_count_ &&
+         !largest_pool.compare_exchange_weak(largest, thread_count_, std::memory_order_relaxed)) {
+  }
+  apply_limit(thread_limit.load(std::memory_order_relaxed));
   plan(topology, bind);
 
   std::string binding_failure;
@@ -165,9 +176,49 @@ void WorkerPool::start_threads(std::string *binding_failure) {
   }
 }
 
+void WorkerPool::limit_threads(int threads) {
+  require(threads >= 0, "num_threads: got ", threads, ", expected at least 1, or 0 for no limit");
+  const int largest = std::max(Topology::read().usable_cpus(), largest_pool.load(std::memory_order_relaxed));
+  thread_limit.store(threads >= largest ? 0 : threads, std::memory_order_relaxed);
+}
+
+int WorkerPool::most_threads() {
+  const int limit = thread_limit.load(std::memory_order_relaxed);
+  if (limit != 0) return limit;
+  return std::max(Topology::read().usable_cpus(), largest_pool.load(std::memory_order_relaxed));
+}
+
+// Shares the threads that may take part among the subpools: one each, the rest in proportion.
+void WorkerPool::apply_limit(int limit) noexcept {
+  applied_limit_ = limit;
+  const bool all = limit == 0 || limit >= thread_count_;
+  const bool alone = !all && limit < subpool_count_;
+  active_threads_ = all ? thread_count_ : alone ? 1 : limit;
+  int64_t others = 0, given = 0;
+  for (int s = 0; s < subpool_count_; ++s) {
+    Subpool &subpool = subpools_[s];
+    uint32_t active = static_cast<uint32_t>(subpool.threads);
+    if (alone) {
+      active = s == 0 ? 1 : 0;
+    } else if (!all) {
+      others += subpool.threads - 1;
+      const int64_t upto = others * (limit - subpool_count_) / std::max(1, thread_count_ - subpool_count_);
+      active = static_cast<uint32_t>(1 + upto - given);
+      given = upto;
+    }
+    if (subpool.active.exchange(active, std::memory_order_seq_cst) < active) futex_wake(subpool.active, INT_MAX);
+  }
+}
+
+Lane WorkerPool::lane(int subpool, int worker) const noexcept {
+  return Lane{id_, static_cast<uint16_t>(subpool), static_cast<int16_t>(subpools_[subpool].node),
+              static_cast<uint16_t>(worker), static_cast<uint16_t>(active_threads_)};
+}
+
 void WorkerPool::stop_threads() noexcept {
   if (!running_threads_) return;
   stopping_.store(true, std::memory_order_release);
+  apply_limit(0);
   for (int s = 0; s < subpool_count_; ++s) {
     subpools_[s].generation.fetch_add(1, std::memory_order_seq_cst);
     futex_wake(subpools_[s].generation, INT_MAX);
@@ -208,6 +259,11 @@ void WorkerPool::work(int subpool_index, int worker) noexcept {
     // Read before the work is looked for: a section that opens in between is noticed below.
     const uint32_t seen = subpool.generation.load(std::memory_order_acquire);
     if (stopping_.load(std::memory_order_acquire)) return;
+    const uint32_t active = subpool.active.load(std::memory_order_seq_cst);
+    if (static_cast<uint32_t>(worker) >= active) {
+      futex_wait(subpool.active, active);
+      continue;
+    }
     drain(subpool_index, worker);
     wait_for_section(subpool, seen, contention);
   }
@@ -225,7 +281,7 @@ void WorkerPool::wait_for_section(Subpool &subpool, uint32_t seen, Contention &c
   if (subpool.parked.fetch_sub(1, std::memory_order_seq_cst) > 1) futex_wake(subpool.generation, kWakeFanOut);
 }
 
-void WorkerPool::run(const int64_t *unit_counts, UnitFn fn, void *context) {
+void WorkerPool::run(const int64_t *unit_counts, UnitFn fn, void *context, const SpanLabel &label) {
   for (const Frame *frame = current_frame_; frame != nullptr; frame = frame->outer) {
     if (frame->pool == this) {
       run_serially(unit_counts, fn, context, frame->subpool, frame->worker);
@@ -242,7 +298,11 @@ void WorkerPool::run(const int64_t *unit_counts, UnitFn fn, void *context) {
 
   const std::lock_guard<std::mutex> lock(section_mutex_);
   const Frame frame(this, 0, 0);
-  if (unit_counts[0] == total && (total == 1 || subpools_[0].threads == 1)) {
+  const int limit = thread_limit.load(std::memory_order_relaxed);
+  if (limit != applied_limit_) apply_limit(limit);
+  if (active_threads_ == 1 ||
+      (unit_counts[0] == total && (total == 1 || subpools_[0].active.load(std::memory_order_relaxed) == 1))) {
+    const SpanScope span(submitter_lane(), label, total);
     run_serially(unit_counts, fn, context, 0, 0);
     return;
   }
@@ -250,6 +310,7 @@ void WorkerPool::run(const int64_t *unit_counts, UnitFn fn, void *context) {
 
   fn_ = fn;
   context_ = context;
+  label_ = label;
   ++section_;
   remaining_.store(total, std::memory_order_relaxed);
   // Other nodes first: their workers have the longer way.
@@ -260,7 +321,9 @@ void WorkerPool::run(const int64_t *unit_counts, UnitFn fn, void *context) {
     subpool.generation.fetch_add(1, std::memory_order_seq_cst);
     if (subpool.parked.load(std::memory_order_seq_cst) != 0) futex_wake(subpool.generation, kWakeFanOut);
   }
-  if (!drain(0, 0)) wait_for_completion();
+  if (drain(0, 0)) return;
+  const SpanScope span(own_lane(), {Stage::wait, label.layer}, 0);
+  wait_for_completion();
 }
 
 void WorkerPool::run_serially(const int64_t *unit_counts, UnitFn fn, void *context, int subpool,
@@ -271,10 +334,11 @@ void WorkerPool::run_serially(const int64_t *unit_counts, UnitFn fn, void *conte
 }
 
 void WorkerPool::deal(Subpool &subpool, int64_t units) noexcept {
-  const int64_t share = units / subpool.threads;
-  const int64_t larger = units % subpool.threads;
+  const int active = static_cast<int>(subpool.active.load(std::memory_order_relaxed));
+  const int64_t share = units / active;
+  const int64_t larger = units % active;
   int64_t begin = 0;
-  for (int w = 0; w < subpool.threads && begin < units; ++w) {
+  for (int w = 0; w < active && begin < units; ++w) {
     const int64_t end = begin + share + (w < larger ? 1 : 0);
     subpool.slots[w].range.store(pack_range(static_cast<uint32_t>(begin), static_cast<uint32_t>(end)),
                                  std::memory_order_release);
@@ -286,6 +350,12 @@ void WorkerPool::deal(Subpool &subpool, int64_t units) noexcept {
 bool WorkerPool::drain(int subpool_index, int worker) noexcept {
   Subpool &subpool = subpools_[subpool_index];
   std::atomic<uint64_t> &own = subpool.slots[worker].range;
+  const TraceState traced = tracing();
+  uint64_t began = traced != 0 ? trace_ticks(traced) : 0;
+  // Before the units are retired: until then the section is open, and whoever waits for it finds them.
+  const auto record = [&](int64_t units) {
+    if (traced != 0) record_span(traced, lane(subpool_index, worker), label_, section_, began, units);
+  };
   int64_t finished = 0;
   uint64_t range = own.load(std::memory_order_acquire);
   while (range_begin(range) < range_end(range)) {
@@ -298,7 +368,10 @@ bool WorkerPool::drain(int subpool_index, int worker) noexcept {
     range = own.load(std::memory_order_acquire);
   }
   // Before looking at others: the last unit of a section should not wait for a search.
-  if (finished > 0 && retire(finished)) return true;
+  if (finished > 0) {
+    record(finished);
+    if (retire(finished)) return true;
+  }
 
   for (int step = 1; step < subpool.threads;) {
     const int other = worker + step < subpool.threads ? worker + step : worker + step - subpool.threads;
@@ -307,8 +380,10 @@ bool WorkerPool::drain(int subpool_index, int worker) noexcept {
       ++step;
       continue;
     }
+    if (traced != 0) began = trace_ticks(traced);
     for (uint32_t unit = range_begin(stolen); unit < range_end(stolen); ++unit)
       fn_(context_, subpool_index, worker, unit);
+    record(range_end(stolen) - range_begin(stolen));
     if (retire(range_end(stolen) - range_begin(stolen))) return true;
   }
   return false;

@@ -12,6 +12,7 @@
 
 #include "runtime/fork.h"
 #include "runtime/topology.h"
+#include "runtime/trace.h"
 #include "runtime/wait.h"
 
 namespace ktk {
@@ -62,7 +63,22 @@ class WorkerPool : private ForkListener {
   // one that runs out takes from the tails of others. Callers on several threads take turns. From
   // inside a unit of the same pool all units run on the calling worker: with its own index for units
   // of its own subpool, with index 0 for others. At most 2^32 - 1 units a subpool (KTK_ERR_ARGUMENT).
-  void run(const int64_t *unit_counts, UnitFn fn, void *context);
+  // Traces show the section under `label`.
+  void run(const int64_t *unit_counts, UnitFn fn, void *context, const SpanLabel &label = {});
+
+  // For the spans of work on this pool that is no section: of worker 0 of subpool 0, in whose place the
+  // calling thread works, and of the calling thread beside the workers.
+  Lane submitter_lane() const noexcept { return lane(0, 0); }
+  Lane own_lane() const noexcept { return lane(0, Lane::kOwnLane); }
+
+  // Lets at most `threads` threads of each pool of the process take part in a section, from its next
+  // section on; the others sleep. They are spread over the subpools; where there are fewer than subpools,
+  // the calling thread does everything. 0 lifts the limit, and so does a number that neither the usable
+  // CPUs nor any pool so far exceeds. Throws KTK_ERR_ARGUMENT (below 0).
+  static void limit_threads(int threads);
+  // The limit. Where there is none, the usable CPUs or the threads of the largest pool so far, whichever
+  // is more; setting that lifts a limit.
+  static int most_threads();
 
   // A forward holds this over all its sections, so that sections of concurrent callers never
   // interleave (scratch belongs to the pool).
@@ -86,6 +102,7 @@ class WorkerPool : private ForkListener {
     alignas(kLineBytes) std::atomic<uint32_t> parked{0};
     alignas(kLineBytes) int node = 0;
     int threads = 0;
+    std::atomic<uint32_t> active{0};  // workers below it take part; the others wait for it to change
     std::unique_ptr<Slot[]> slots;
     std::vector<std::vector<int>> affinity;  // [threads], empty: any CPU
   };
@@ -107,6 +124,8 @@ class WorkerPool : private ForkListener {
   static void *thread_main(void *argument) noexcept;
   void work(int subpool, int worker) noexcept;
   void wait_for_section(Subpool &subpool, uint32_t seen, Contention &contention) noexcept;
+  void apply_limit(int limit) noexcept;
+  Lane lane(int subpool, int worker) const noexcept;
   void run_serially(const int64_t *unit_counts, UnitFn fn, void *context, int subpool, int worker) noexcept;
   void deal(Subpool &subpool, int64_t units) noexcept;
   bool drain(int subpool, int worker) noexcept;
@@ -117,6 +136,9 @@ class WorkerPool : private ForkListener {
   int subpool_count_ = 0;
   int thread_count_ = 0;
   int spare_cpus_ = 0;
+  uint16_t id_ = 0;        // in traces
+  int applied_limit_ = 0;  // of which the subpools' `active` is the consequence
+  int active_threads_ = 0;
   bool crowded_ = false;
   int64_t spin_ns_ = 0;
   std::unique_ptr<Subpool[]> subpools_;
@@ -130,6 +152,7 @@ class WorkerPool : private ForkListener {
   // The open section; written only while no unit is left that a worker could take.
   UnitFn fn_ = nullptr;
   void *context_ = nullptr;
+  SpanLabel label_;
   uint32_t section_ = 0;
   Contention submitter_contention_;
 
