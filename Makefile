@@ -15,12 +15,11 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 SOURCES := $(shell find ktk native -type f -not -name '*.py[co]') \
   meson.build meson.options pyproject.toml README.md LICENSE
 CPP_FILES := $(shell find native -name '*.cpp' -o -name '*.h')
-NATIVE_TESTS := --reconfigure -Dnative_tests=true -Damx_emulation=false
 
 .PHONY: help demo test lint native-test sanitize sdist pytest pytest-ctypes docs wheel clean
 help:
@@ -61,7 +60,7 @@ sdist: $(VENV)/.dev build/wheel/.done
 	PATH="$$PWD/$(BIN):$$PATH" $(BIN)/python tests/tools/check_sdist.py build/sdist build/wheel/*.whl
 
 native-test: $(VENV)/.dev
-	@PATH="$$PWD/$(BIN):$$PATH" CXX="$${CXX:-}" tests/tools/native_tests.sh build/native-tests
+	@PATH="$$PWD/$(BIN):$$PATH" tests/tools/native_tests.sh build/native-tests
 
 sanitize: $(VENV)/.dev
 	@PATH="$$PWD/$(BIN):$$PATH" tests/tools/native_tests.sh build/native-tests-thread thread
