@@ -301,7 +301,7 @@ void ExpertStore::pack(int32_t expert, const ktk_expert_weights &weights) {
                  slot(shard, expert, KTK_PART_DOWN_ZERO) + q * scales, kPanelColumns);
     }
   };
-  run_section(pool_, units.data(), unit);
+  run_section(pool_, {Stage::pack, layer_index_}, units.data(), unit);
   require(finite.load(), "layer ", layer_index_, ", expert ", expert,
           ": the weights hold NaN or infinity; check the checkpoint");
   for (int i = 0; i < 3; i++) {

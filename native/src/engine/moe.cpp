@@ -120,9 +120,13 @@ void Moe::forward(const ktk_forward_args &args) {
   if (tokens == 0) return;
 
   const std::lock_guard<std::mutex> lock(context_->pool.forward_mutex());
+  const SpanScope span(context_->pool.own_lane(), {Stage::forward, config_.layer_index}, tokens);
   Scratch &scratch = context_->scratch;
-  scratch.route.build(args.expert_ids, args.expert_weights, tokens, args.top_k, config_.num_experts,
-                      config_.gpu_experts_mask);
+  {
+    const SpanScope routing(context_->pool.submitter_lane(), {Stage::route, config_.layer_index}, tokens);
+    scratch.route.build(args.expert_ids, args.expert_weights, tokens, args.top_k, config_.num_experts,
+                        config_.gpu_experts_mask);
+  }
   for (const Route::Expert &expert : scratch.route.experts) {
     if (!store_.loaded(expert.id)) {
       fail(KTK_ERR_STATE, "layer ", config_.layer_index, ": a token is routed to expert ", expert.id,
@@ -179,7 +183,7 @@ void Moe::place(Batch &batch, bool measuring) const {
 
 void Moe::quantise(Batch &batch) const {
   const int64_t units = divide_up(batch.tokens, kTokensOfUnit);
-  run_spread(context_->pool, units, kInlineUnits, [&](int64_t unit) {
+  run_spread(context_->pool, {Stage::quantise, config_.layer_index}, units, kInlineUnits, [&](int64_t unit) {
     const int64_t first = unit * kTokensOfUnit;
     const QuantiseArgs args = {&store_.gate_up(),
                                batch.args.input,
@@ -204,13 +208,16 @@ void Moe::gather(Batch &batch) const {
     }
   }
   const Gemm &gemm = store_.gate_up();
-  run_spread(context_->pool, static_cast<int64_t>(blocks.size()), kInlineBlocks, [&](int64_t unit) {
-    const Block block = blocks[static_cast<size_t>(unit)];
-    const Rows to = {batch.by_row.data + int64_t{block.row} * gemm.steps * kStepBytes,
-                     batch.by_row.scale + block.row, batch.by_row.sum + int64_t{block.row} * gemm.segments};
-    const GatherArgs args = {&gemm, batch.by_token, batch.route.tokens.data() + block.row, block.count, to};
-    kernels_.gather(&args);
-  });
+  run_spread(context_->pool, {Stage::gather, config_.layer_index}, static_cast<int64_t>(blocks.size()),
+             kInlineBlocks, [&](int64_t unit) {
+               const Block block = blocks[static_cast<size_t>(unit)];
+               const Rows to = {batch.by_row.data + int64_t{block.row} * gemm.steps * kStepBytes,
+                                batch.by_row.scale + block.row,
+                                batch.by_row.sum + int64_t{block.row} * gemm.segments};
+               const GatherArgs args = {&gemm, batch.by_token, batch.route.tokens.data() + block.row,
+                                        block.count, to};
+               kernels_.gather(&args);
+             });
 }
 
 namespace {
@@ -258,7 +265,7 @@ void Moe::gate_up(Batch &batch) const {
                              placed.scratch + worker * placed.scratch_floats};
     kernels_.gate_up(&args);
   };
-  run_section(context_->pool, units.data(), unit);
+  run_section(context_->pool, {Stage::gate_up, config_.layer_index}, units.data(), unit);
 }
 
 void Moe::down(Batch &batch) const {
@@ -313,7 +320,7 @@ void Moe::down(Batch &batch) const {
                              batch.args.incremental};
     backend_.finish(&args);
   };
-  run_section(context_->pool, units.data(), unit);
+  run_section(context_->pool, {Stage::down, config_.layer_index}, units.data(), unit);
 }
 
 void Moe::merge(Batch &batch) const {
@@ -321,21 +328,22 @@ void Moe::merge(Batch &batch) const {
   for (const Batch::Shard &shard : batch.shards) {
     if (shard.partial != nullptr) parts.push_back(shard.partial);
   }
-  run_spread(context_->pool, divide_up(batch.tokens, kTokensOfUnit), 0, [&](int64_t unit) {
-    const int64_t first = unit * kTokensOfUnit;
-    const FinishArgs args = {parts.data(),
-                             static_cast<int32_t>(parts.size()),
-                             align_up(config_.hidden_size, kPanelColumns),
-                             static_cast<int32_t>(first),
-                             static_cast<int32_t>(std::min(first + kTokensOfUnit, batch.tokens)),
-                             0,
-                             config_.hidden_size,
-                             config_.hidden_size,
-                             batch.args.output,
-                             batch.args.output_dtype,
-                             batch.args.incremental};
-    backend_.finish(&args);
-  });
+  run_spread(context_->pool, {Stage::merge, config_.layer_index}, divide_up(batch.tokens, kTokensOfUnit), 0,
+             [&](int64_t unit) {
+               const int64_t first = unit * kTokensOfUnit;
+               const FinishArgs args = {parts.data(),
+                                        static_cast<int32_t>(parts.size()),
+                                        align_up(config_.hidden_size, kPanelColumns),
+                                        static_cast<int32_t>(first),
+                                        static_cast<int32_t>(std::min(first + kTokensOfUnit, batch.tokens)),
+                                        0,
+                                        config_.hidden_size,
+                                        config_.hidden_size,
+                                        batch.args.output,
+                                        batch.args.output_dtype,
+                                        batch.args.incremental};
+               backend_.finish(&args);
+             });
 }
 
 }  // namespace ktk

@@ -28,23 +28,26 @@ class DefaultArithmetic {
   unsigned saved_;
 };
 
-// Runs unit(subpool, worker, index) for index in 0 .. unit_counts[subpool] - 1. The callable must not throw.
+// Runs unit(subpool, worker, index) for index in 0 .. unit_counts[subpool] - 1, in traces under `label`. The
+// callable must not throw.
 template <typename Unit>
-void run_section(WorkerPool &pool, const int64_t *unit_counts, Unit &unit) {
+void run_section(WorkerPool &pool, const SpanLabel &label, const int64_t *unit_counts, Unit &unit) {
   pool.run(
       unit_counts,
       [](void *context, int subpool, int worker, int64_t index) noexcept {
         const DefaultArithmetic arithmetic;
         (*static_cast<Unit *>(context))(subpool, worker, index);
       },
-      const_cast<void *>(static_cast<const void *>(&unit)));
+      const_cast<void *>(static_cast<const void *>(&unit)), label);
 }
 
 // Runs unit(index) for index in 0 .. units - 1 on all subpools, in proportion to their threads; on the
 // calling thread alone when there are at most `inline_units`.
 template <typename Unit>
-void run_spread(WorkerPool &pool, int64_t units, int64_t inline_units, Unit unit) {
+void run_spread(WorkerPool &pool, const SpanLabel &label, int64_t units, int64_t inline_units, Unit unit) {
+  if (units == 0) return;
   if (units <= inline_units) {
+    const SpanScope span(pool.submitter_lane(), label, units);
     const DefaultArithmetic arithmetic;
     for (int64_t index = 0; index < units; index++) unit(index);
     return;
@@ -61,7 +64,7 @@ void run_spread(WorkerPool &pool, int64_t units, int64_t inline_units, Unit unit
   const auto shifted = [&](int subpool, int, int64_t index) {
     unit(first[static_cast<size_t>(subpool)] + index);
   };
-  run_section(pool, counts.data(), shifted);
+  run_section(pool, label, counts.data(), shifted);
 }
 
 }  // namespace ktk

@@ -206,7 +206,10 @@ void WorkerPool::apply_limit(int limit) noexcept {
       active = static_cast<uint32_t>(1 + upto - given);
       given = upto;
     }
-    if (subpool.active.exchange(active, std::memory_order_seq_cst) < active) futex_wake(subpool.active, INT_MAX);
+    const uint32_t before = subpool.active.exchange(active, std::memory_order_seq_cst);
+    if (before < active) futex_wake(subpool.active, INT_MAX);
+    // Whoever spins for the next section learns that it is not for him.
+    if (before > active) subpool.generation.fetch_add(1, std::memory_order_seq_cst);
   }
 }
 
