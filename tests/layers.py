@@ -174,11 +174,12 @@ class NativeLayer:
         """Layer output [B, H] of type `dtype`; `previous`, of that type, is what it adds to."""
         x, ids, weights = (np.ascontiguousarray(array) for array in (x, ids, weights))
         count = np.array([x.shape[0]], np.int32)
-        if previous is None:
-            # A value that no forward produces, so that an output left unwritten shows.
-            output = np.full((x.shape[0], self.hidden_size), 1.2345e4, dtype)
-        else:
-            output = previous.astype(dtype, copy=True)
+        # A value that no forward produces, so that an output left unwritten shows, and so does one written
+        # beside the buffer.
+        guarded = np.full((x.shape[0] + 2, self.hidden_size), 1.2345e4, dtype)
+        output = guarded[1:-1]
+        if previous is not None:
+            output[:] = previous
         self.moe.forward(
             count.ctypes.data,
             ids.shape[1],
@@ -190,6 +191,7 @@ class NativeLayer:
             DTYPE_CODES[output.dtype],
             incremental=previous is not None,
         )
+        assert (guarded[[0, -1]] == guarded.dtype.type(1.2345e4)).all(), "written outside the output"
         return output
 
 

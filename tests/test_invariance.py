@@ -180,6 +180,20 @@ def test_nan_and_infinity_stay_in_their_row(form: Format, isa: str, activation: 
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("alpha", [0.0, 1.702])
+@pytest.mark.parametrize("lost", ["gate", "up"])
+def test_clamp_keeps_nan(isa: str, alpha: float, lost: str) -> None:
+    """The difference of two infinities in one projection alone, while the clamp makes the other finite."""
+    same, opposite = np.ones((1, 2), np.float32), np.array([[1, -1]], np.float32)
+    down = np.ones((2, 1), np.float32)
+    expert = ExpertWeights(opposite, same, down) if lost == "gate" else ExpertWeights(same, opposite, down)
+    x = np.full((1, 2), np.inf, np.float32)
+    options = Options(Activation(7.0, alpha), isa=isa)
+    with pool_of(1) as pool, NativeLayer(pool, [expert], FORMATS[0], options) as layer:
+        assert np.isnan(layer.forward(x, np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32))).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_nan_routing_weight_stays_in_its_row(form: Format, isa: str) -> None:
     rng = np.random.default_rng(57)
