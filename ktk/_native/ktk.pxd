@@ -45,6 +45,9 @@ cdef extern from "ktk.h" nogil:
     ctypedef struct ktk_queue:
         pass
 
+    ctypedef struct ktk_trace:
+        pass
+
     ctypedef int32_t (*ktk_task_fn)(void *context)
 
     ctypedef struct ktk_pool_config:
@@ -110,6 +113,8 @@ cdef extern from "ktk.h" nogil:
     ktk_status ktk_pool_destroy(ktk_pool *pool)
     ktk_status ktk_pool_threads(const ktk_pool *pool, int32_t *subpool_count, int32_t *thread_count)
     const char *ktk_pool_warnings(const ktk_pool *pool)
+    ktk_status ktk_set_num_threads(int32_t num_threads)
+    ktk_status ktk_get_num_threads(int32_t *num_threads)
 
     ktk_status ktk_moe_create(const ktk_moe_config *config, ktk_pool *pool, ktk_moe **moe)
     ktk_status ktk_moe_destroy(ktk_moe *moe)
@@ -132,3 +137,9 @@ cdef extern from "ktk.h" nogil:
                                                  void *context)
     ktk_status ktk_queue_sync_with_cuda_stream(ktk_queue *queue, uintptr_t stream, int32_t allow_n_pending)
     ktk_status ktk_queue_pending(const ktk_queue *queue, int64_t *pending)
+
+    ktk_status ktk_trace_start(int64_t spans_per_thread, ktk_trace **trace)
+    ktk_status ktk_trace_stop(ktk_trace *trace)
+    ktk_status ktk_trace_json(const ktk_trace *trace, char *buffer, size_t capacity, size_t *needed)
+    ktk_status ktk_trace_write(const ktk_trace *trace, const char *path)
+    ktk_status ktk_trace_destroy(ktk_trace *trace)

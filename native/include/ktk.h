@@ -108,6 +108,15 @@ KTK_API ktk_status ktk_pool_threads(const ktk_pool *pool, int32_t *subpool_count
  * nothing. The text lives as long as the pool. */
 KTK_API const char *ktk_pool_warnings(const ktk_pool *pool);
 
+/* Most threads of each pool of the process that take part in its work, from its next parallel section on;
+ * the others sleep. Results do not depend on it. The threads are spread over the subpools, at least one
+ * each; with fewer than subpools the calling thread works alone. 0 lifts the limit, and so does a number
+ * that neither the usable CPUs nor the threads of any pool so far exceed. */
+KTK_API ktk_status ktk_set_num_threads(int32_t num_threads);
+/* The limit; where there is none, the usable CPUs or the threads of the largest pool so far, whichever is
+ * more. Setting what was read restores it. */
+KTK_API ktk_status ktk_get_num_threads(int32_t *num_threads);
+
 /* ---- mixture-of-experts layer ---------------------------------------------------------------- */
 
 typedef struct ktk_moe ktk_moe;
@@ -204,9 +213,29 @@ KTK_API ktk_status ktk_queue_submit_forward_with_cuda_stream(ktk_queue *queue, u
                                                              const ktk_forward_args *args);
 KTK_API ktk_status ktk_queue_submit_with_cuda_stream(ktk_queue *queue, uintptr_t stream, ktk_task_fn function,
                                                      void *context);
-KTK_API ktk_status ktk_queue_sync_with_cuda_stream(ktk_queue *queue, uintptr_t stream, int32_t allow_n_pending);
+KTK_API ktk_status ktk_queue_sync_with_cuda_stream(ktk_queue *queue, uintptr_t stream,
+                                                   int32_t allow_n_pending);
 /* Tasks submitted and not yet finished. */
 KTK_API ktk_status ktk_queue_pending(const ktk_queue *queue, int64_t *pending);
+
+/* ---- trace ----------------------------------------------------------------------------------- */
+
+/* What the threads of all pools and queues of the process did between start and stop. Several may run at
+ * a time. In the child of a fork a trace of the parent is empty. */
+typedef struct ktk_trace ktk_trace;
+
+/* Each thread keeps at least its latest `spans_per_thread` spans, 1 to 2^24 - 1; 0: 65535. A worker's part
+ * of one parallel section is one span of 40 bytes. */
+KTK_API ktk_status ktk_trace_start(int64_t spans_per_thread, ktk_trace **trace);
+/* Ends the recording; again: does nothing. */
+KTK_API ktk_status ktk_trace_stop(ktk_trace *trace);
+/* Writes a stopped trace as JSON for Chrome's trace viewer or Perfetto into `buffer`, as
+ * ktk_machine_json does. KTK_ERR_STATE while it runs. */
+KTK_API ktk_status ktk_trace_json(const ktk_trace *trace, char *buffer, size_t capacity, size_t *needed);
+/* The same into a file, which appears when it is complete. */
+KTK_API ktk_status ktk_trace_write(const ktk_trace *trace, const char *path);
+/* Stops and frees. */
+KTK_API ktk_status ktk_trace_destroy(ktk_trace *trace);
 
 #ifdef __cplusplus
 }

@@ -16,6 +16,7 @@
 #include "runtime/cuda_shim.h"
 #include "runtime/task_queue.h"
 #include "runtime/topology.h"
+#include "runtime/trace.h"
 
 struct ktk_pool {
   std::shared_ptr<ktk::PoolContext> context;
@@ -40,6 +41,11 @@ struct ktk_queue {
   ktk::TaskQueue queue;
   explicit ktk_queue(std::shared_ptr<ktk::PoolContext> owner)
       : context(std::move(owner)), queue(context->pool) {}
+};
+
+struct ktk_trace {
+  ktk::Trace trace;
+  explicit ktk_trace(int64_t spans_per_thread) : trace(spans_per_thread) {}
 };
 
 namespace {
@@ -153,6 +159,12 @@ void submit_function(ktk_task_fn function, void *context, Submit submit) {
   task.release();
 }
 
+void copy_text(const std::string &text, char *buffer, size_t capacity, size_t *needed) {
+  at(needed, "needed") = text.size() + 1;
+  require(capacity > text.size(), "capacity is ", capacity, ", the text needs ", text.size() + 1);
+  std::memcpy(&at(buffer, "buffer"), text.c_str(), text.size() + 1);
+}
+
 const ktk::FormatKernels &format_of(const ktk::Backend &backend, int32_t format) {
   require(format >= KTK_FORMAT_BF16 && format <= KTK_FORMAT_INT4, "format ", format,
           " is unknown; use 0 (bf16), 1 (int8) or 2 (int4)");
@@ -209,12 +221,7 @@ ktk_status ktk_isa_kernel(const char *isa, int32_t format, int32_t rows, const c
 }
 
 ktk_status ktk_machine_json(char *buffer, size_t capacity, size_t *needed) {
-  return guard([&] {
-    const std::string json = ktk::machine_json();
-    at(needed, "needed") = json.size() + 1;
-    require(capacity > json.size(), "capacity is ", capacity, ", the description needs ", json.size() + 1);
-    std::memcpy(&at(buffer, "buffer"), json.c_str(), json.size() + 1);
-  });
+  return guard([&] { copy_text(ktk::machine_json(), buffer, capacity, needed); });
 }
 
 ktk_status ktk_pool_create(const ktk_pool_config *config, ktk_pool **pool) {
@@ -251,6 +258,14 @@ ktk_status ktk_pool_threads(const ktk_pool *pool, int32_t *subpool_count, int32_
 
 const char *ktk_pool_warnings(const ktk_pool *pool) {
   return pool != nullptr ? pool->context->pool.warnings().c_str() : "";
+}
+
+ktk_status ktk_set_num_threads(int32_t num_threads) {
+  return guard([&] { ktk::WorkerPool::limit_threads(num_threads); });
+}
+
+ktk_status ktk_get_num_threads(int32_t *num_threads) {
+  return guard([&] { at(num_threads, "num_threads") = ktk::WorkerPool::most_threads(); });
 }
 
 ktk_status ktk_moe_create(const ktk_moe_config *config, ktk_pool *pool, ktk_moe **moe) {
@@ -359,6 +374,29 @@ ktk_status ktk_queue_sync_with_cuda_stream(ktk_queue *queue, uintptr_t stream, i
 
 ktk_status ktk_queue_pending(const ktk_queue *queue, int64_t *pending) {
   return guard([&] { at(pending, "pending") = at(queue, "queue").queue.pending(); });
+}
+
+ktk_status ktk_trace_start(int64_t spans_per_thread, ktk_trace **trace) {
+  return guard([&] {
+    at(trace, "trace") = nullptr;
+    *trace = new ktk_trace(spans_per_thread);
+  });
+}
+
+ktk_status ktk_trace_stop(ktk_trace *trace) {
+  return guard([&] { at(trace, "trace").trace.stop(); });
+}
+
+ktk_status ktk_trace_json(const ktk_trace *trace, char *buffer, size_t capacity, size_t *needed) {
+  return guard([&] { copy_text(at(trace, "trace").trace.json(), buffer, capacity, needed); });
+}
+
+ktk_status ktk_trace_write(const ktk_trace *trace, const char *path) {
+  return guard([&] { at(trace, "trace").trace.write(&at(path, "path")); });
+}
+
+ktk_status ktk_trace_destroy(ktk_trace *trace) {
+  return guard([&] { delete &at(trace, "trace"); });
 }
 
 }  // extern "C"
