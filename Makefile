@@ -41,7 +41,6 @@ test:
 	@$(MAKE) --no-print-directory native-test
 	@$(MAKE) --no-print-directory sanitize
 	@$(MAKE) --no-print-directory sdist
-	@$(MAKE) --no-print-directory docs
 	@$(MAKE) --no-print-directory pytest-ctypes
 	@$(MAKE) --no-print-directory pytest
 

@@ -19,10 +19,10 @@ assert match is not None
 version = release = match[1]
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "benchmarks/**/data/**"]
+exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-suppress_warnings = ["epub.unknown_project_files"]
+suppress_warnings = ["toc.empty_glob"]
 
 default_role = "code"
 autodoc_member_order = "bysource"

@@ -32,7 +32,7 @@ from conftest import ROOT
 
 pytestmark = pytest.mark.any_binding
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def check_pytest(arguments: list[str]) -> None:
     assert files and all((ROOT / file.split("::")[0]).exists() for file in files)
 
 
-def check_ktk_run(arguments: list[str]) -> None:
+def check_ktk(arguments: list[str]) -> None:
     """The command line parses."""
     typer = pytest.importorskip("typer", reason="needs ktk[cli]")
     from ktk.cli import app
@@ -186,7 +186,9 @@ NOT_RUN: dict[tuple[str, ...], Callable[[list[str]], None]] = {
     (".venv/bin/pytest",): check_pytest,
     ("python3", "-m", "venv"): check_nothing,
     ("source",): check_nothing,
-    ("ktk", "run", "path/to/checkpoint"): check_ktk_run,
+    ("ktk", "run", "path/to/checkpoint"): check_ktk,
+    # A test of its own runs the demo.
+    ("ktk", "demo"): check_ktk,
 }
 
 
@@ -334,7 +336,7 @@ def test_python_blocks_have_no_leftovers() -> None:
     for block in BLOCKS:
         if block.language == "python":
             ast.parse(block.text)
-            assert "..." not in block.text.replace("# ...", ""), f"{block} leaves something out"
+            assert not re.search(r"^\s*\.\.\.", block.text, re.MULTILINE), f"{block} leaves something out"
 
 
 def test_sphinx_builds_without_warnings(tmp_path: Path) -> None:
