@@ -6,6 +6,7 @@ not work.
 
 from __future__ import annotations
 
+import os
 import sys
 
 __all__ = ["main"]
@@ -18,6 +19,10 @@ def main() -> int:
         from ktk import diagnostics
 
         return diagnostics.main(arguments[1:])
+    # PyTorch's threads wait actively after each operation, on the very cores that the experts' threads are
+    # about to use, and the other way round: on few or busy cores that is slower by a factor of ten. Read when
+    # PyTorch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from ktk import cli
     except ImportError as error:

@@ -18,6 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # An editable install does not need the entry either.
 sys.path[:] = [entry for entry in sys.path if Path(entry or os.getcwd()).resolve() != ROOT]
 
+# Threads of PyTorch that wait actively take the cores from the test that runs beside this one. Read when it
+# is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from ktk import _native  # noqa: E402
 from layers import runnable_isas  # noqa: E402
 

@@ -100,4 +100,8 @@ def show(title: str, columns: list[str], rows: list[list[Any]]) -> None:
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*map(str, row))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        # A file has no width; nothing in it is to be cut.
+        console.width = max(console.width, 120)
+    console.print(table)
