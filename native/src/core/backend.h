@@ -17,7 +17,7 @@ constexpr int kPanelColumns = 16;        // output neurons of one panel: a tile'
 constexpr int kBlockRows = 16;           // rows of one block of activations: a tile's rows
 constexpr int kStepBytes = 64;           // bytes of K that one step advances each row
 constexpr int kIntermediateGroup = 128;  // columns of the intermediate that share one activation scale
-constexpr int kPassRows = 256;           // most rows of one pass over weight panels (see kernels/expert.h)
+constexpr int kPassRows = 512;           // most rows of one pass over weight panels (see kernels/expert.h)
 
 // One projection as the kernels see it: K is cut into steps, and steps into segments, within which
 // integer products share one weight scale and one activation scale.
@@ -78,12 +78,12 @@ struct GateUpArgs {
   int32_t first_column, last_column;  // of the shard; first is a multiple of kIntermediateGroup
   float limit, alpha;
   int32_t strict;
-  float *scratch;  // kGateUpScratchFloats
+  float *scratch;  // kScratchFloats
 };
 
-// Sums of a pass for four tiles; and for gate and up the activations of a group as well.
-constexpr int kDownScratchFloats = kPassRows * 4 * kPanelColumns;
-constexpr int kGateUpScratchFloats = kPassRows * kIntermediateGroup + kDownScratchFloats;
+// Scratch of a worker: a pass's sums for the gate and up columns of a group, then their activations.
+constexpr int kSumFloats = kPassRows * 2 * kIntermediateGroup;
+constexpr int kScratchFloats = kSumFloats + kPassRows * kIntermediateGroup;
 
 struct DownArgs {
   const Gemm *gemm;  // depth = the shard's intermediate size
@@ -96,7 +96,7 @@ struct DownArgs {
   int32_t hidden_size;
   int32_t first_panel, last_panel;
   int32_t strict;
-  float *scratch;  // kDownScratchFloats
+  float *scratch;  // kScratchFloats
   float *sum;      // [tokens][(last_panel - first_panel) * 16]
 };
 

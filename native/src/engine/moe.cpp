@@ -171,8 +171,7 @@ void Moe::place(Batch &batch, bool measuring) const {
     arena.begin(measuring);
     if (shard.empty()) continue;
     placed.intermediate = rows(arena, row_count, shard.down);
-    placed.scratch_floats = std::max<int64_t>(
-        kGateUpScratchFloats, kDownScratchFloats + batch.tokens * batch.down_panels * kPanelColumns);
+    placed.scratch_floats = kScratchFloats + batch.tokens * batch.down_panels * kPanelColumns;
     placed.scratch = arena.place<float>(placed.scratch_floats * pool.threads(s));
     if (store_.shard_count() > 1) {
       placed.partial = arena.place<float>(batch.tokens * align_up(config_.hidden_size, kPanelColumns));
@@ -281,7 +280,7 @@ void Moe::down(Batch &batch) const {
     const int64_t first = index * batch.down_panels, last = std::min(first + batch.down_panels, panels);
     const int64_t width = (last - first) * kPanelColumns;
     float *scratch = placed.scratch + worker * placed.scratch_floats;
-    float *sum = scratch + kDownScratchFloats;
+    float *sum = scratch + kScratchFloats;
     std::memset(sum, 0, static_cast<size_t>(batch.tokens * width) * sizeof(float));
     for (const Route::Expert &expert : batch.route.experts) {
       const DownArgs args = {&shard.down,

@@ -15,137 +15,110 @@ KTK_INLINE bool uses_tiles(int32_t rows, int32_t strict) {
   return Ops::kTileRows > 0 && (rows >= Ops::kTileRows || (strict && !Format::kInteger));
 }
 
-KTK_INLINE int least(int a, int b) { return a < b ? a : b; }
-
-// A third of the 1 to 2 MiB of a core's second-level cache, which hyper-threads share.
-KTK_INLINE int pass_rows(const Gemm &gemm) {
-  const int rows = (640 << 10) / (gemm.steps * kStepBytes) / kGroupRows * kGroupRows;
-  return rows < 2 * kGroupRows ? 2 * kGroupRows : least(rows, kPassRows);
+// Rows of one pass: on matrix units, passes of equal height whose sums take half of a 2 MiB second-level
+// cache; on vectors, as many rows as take half of it themselves.
+KTK_INLINE int pass_rows(const Gemm &gemm, bool tiles, int rows) {
+  if (tiles) {
+    const int passes = (rows + kPassRows - 1) / kPassRows;
+    return (rows + passes * kBlockRows - 1) / (passes * kBlockRows) * kBlockRows;
+  }
+  const int fitting = (1 << 20) / (gemm.steps * kStepBytes) / kGroupRows * kGroupRows;
+  return fitting < 2 * kGroupRows ? 2 * kGroupRows : least(fitting, kPassRows);
 }
 
-// Rows [first, last), beginning a block. out: [last - first][NT][16].
-template <class Ops, class Format, int NT>
-KTK_INLINE void product(const Product &p, bool tiles, int first, int last, float *out) {
+// Tiles [0, tile_count) of a product, in runs of NT: calls use(tile, row, sums [tiles of the run][16]) for
+// the first tile of each run and each row of [first, last), which begins a block. `scratch`: kSumFloats.
+template <class Ops, class Format, class Use>
+KTK_INLINE void product(const Product &p, bool tiles, int tile_count, int first, int last, float *scratch,
+                        Use use) {
 #ifdef KTK_ISA_HAS_TILES
-  if (tiles) return tile_product<Ops, Format, NT>(p, first, last, out);
+  if (tiles) {
+    tile_product<Ops, Format>(p, tile_count, first, last, scratch);
+    for (int tile = 0; tile < tile_count; tile += kRunTiles) {
+      const int width = least(tile_count - tile, kRunTiles) * kPanelColumns;
+      const float *sums = scratch + (int64_t)tile * kPanelColumns * (last - first);
+      for (int row = first; row < last; row++)
+        use(tile, least(tile_count - tile, kRunTiles), row, sums + (row - first) * width);
+    }
+    return;
+  }
 #else
   (void)tiles;
 #endif
-  for (int row = first; row < last; row += kBlockRows) {
-    vector_product<Ops, Format, NT, Ops::kBlockMaxRows>(p, row, least(row + kBlockRows, last),
-                                                        out + (row - first) * NT * kPanelColumns);
-  }
-}
-
-// NT tiles, gate and up by turns, from intermediate column `column` of the group at `group`: the activation
-// of rows [pass, pass_stop) into args->scratch, [pass_stop - pass][kIntermediateGroup].
-template <class Ops, class Format, int NT>
-KTK_INLINE void gate_up_panels(const GateUpArgs *args, bool tiles, int group, int column, int pass,
-                               int pass_stop) {
-  const Gemm &gemm = *args->gemm;
-  const int64_t panel = column / kPanelColumns;
-  const int64_t panel_bytes = (int64_t)gemm.steps * 2 * Format::kTileBytes;
-  const int64_t panel_scales = (int64_t)gemm.weight_groups * 2 * kPanelColumns;
-  const Product p = {args->gemm,
-                     args->weights.tiles + panel * panel_bytes,
-                     Format::kTileBytes,
-                     panel_bytes,
-                     2 * Format::kTileBytes,
-                     args->weights.scale + panel * panel_scales * (gemm.scale_is_bf16 ? 2 : 4),
-                     args->weights.zero + panel * panel_scales,
-                     kPanelColumns,
-                     panel_scales,
-                     2 * kPanelColumns,
-                     args->input,
-                     args->rows};
-  float *sums = args->scratch + kPassRows * kIntermediateGroup;
-  const int group_rows = tiles ? kPassRows : kGroupRows;
-  for (int row = pass; row < pass_stop; row += group_rows) {
-    const int row_stop = least(row + group_rows, pass_stop);
-    product<Ops, Format, NT>(p, tiles, row, row_stop, sums);
-    for (int r = row; r < row_stop; r++) {
-      for (int pair = 0; pair < NT / 2; pair++) {
-        const int c = column + pair * kPanelColumns;
-        const float *sum = sums + ((r - row) * NT + 2 * pair) * kPanelColumns;
-        typename Ops::F gate = Ops::load_f(sum);
-        typename Ops::F up = Ops::load_f(sum + kPanelColumns);
-        if (args->gate_bias != nullptr) gate = Ops::add(gate, Ops::load_f(args->gate_bias + c));
-        if (args->up_bias != nullptr) up = Ops::add(up, Ops::load_f(args->up_bias + c));
-        Ops::store_f(args->scratch + (r - pass) * kIntermediateGroup + (c - group),
-                     gated_activation<Ops>(gate, up, args->limit, args->alpha));
+  for (int tile = 0; tile < tile_count; tile += 2) {
+    const Product pair = p.from_tile(tile);
+    const int count = least(tile_count - tile, 2);
+    for (int group = first; group < last; group += kGroupRows) {
+      const int stop = least(group + kGroupRows, last);
+      for (int row = group; row < stop; row += kBlockRows) {
+        const int row_stop = least(row + kBlockRows, stop);
+        float *out = scratch + (row - group) * count * kPanelColumns;
+        if (count == 2) {
+          vector_product<Ops, Format, 2, Ops::kBlockMaxRows>(pair, row, row_stop, out);
+        } else {
+          vector_product<Ops, Format, 1, Ops::kBlockMaxRows>(pair, row, row_stop, out);
+        }
       }
+      for (int row = group; row < stop; row++)
+        use(tile, count, row, scratch + (row - group) * count * kPanelColumns);
     }
   }
 }
 
 template <class Ops, class Format>
 static void gate_up(const GateUpArgs *args) {
+  const Gemm &gemm = *args->gemm;
   const Gemm &next = *args->next;
   const bool tiles = uses_tiles<Ops, Format>(args->rows, args->strict);
-  const int rows_of_pass = pass_rows(*args->gemm);
-  for (int pass = 0; pass < args->rows; pass += rows_of_pass) {
-    const int pass_stop = least(pass + rows_of_pass, args->rows);
-    for (int group = args->first_column; group < args->last_column; group += kIntermediateGroup) {
-      const int stop = least(group + kIntermediateGroup, args->last_column);
-      int column = group;
-      for (; tiles && column + kPanelColumns < stop; column += 2 * kPanelColumns) {
-        gate_up_panels<Ops, Format, 4>(args, tiles, group, column, pass, pass_stop);
-      }
-      for (; column < stop; column += kPanelColumns) {
-        gate_up_panels<Ops, Format, 2>(args, tiles, group, column, pass, pass_stop);
-      }
+  const int rows_of_pass = pass_rows(gemm, tiles, args->rows);
+  const int64_t panel_bytes = (int64_t)gemm.steps * 2 * Format::kTileBytes;
+  const int64_t panel_scales = (int64_t)gemm.weight_groups * 2 * kPanelColumns;
+  float *activated = args->scratch + kSumFloats;  // [rows of the pass][kIntermediateGroup]
+  for (int group = args->first_column; group < args->last_column; group += kIntermediateGroup) {
+    const int columns = least(kIntermediateGroup, args->last_column - group);
+    const int64_t panel = group / kPanelColumns;
+    const Product p = {args->gemm,
+                       args->weights.tiles + panel * panel_bytes,
+                       Format::kTileBytes,
+                       panel_bytes,
+                       2 * Format::kTileBytes,
+                       args->weights.scale + panel * panel_scales * (gemm.scale_is_bf16 ? 2 : 4),
+                       args->weights.zero + panel * panel_scales,
+                       kPanelColumns,
+                       panel_scales,
+                       2 * kPanelColumns,
+                       args->input,
+                       args->rows};
+    const int tile_count = (columns + kPanelColumns - 1) / kPanelColumns * 2;
+    for (int pass = 0; pass < args->rows; pass += rows_of_pass) {
+      const int pass_stop = least(pass + rows_of_pass, args->rows);
+      product<Ops, Format>(p, tiles, tile_count, pass, pass_stop, args->scratch,
+                           [&](int tile, int count, int row, const float *sums) {
+                             for (int j = 0; j < count; j += 2) {
+                               const int column = (tile + j) / 2 * kPanelColumns;
+                               typename Ops::F gate = Ops::load_f(sums + j * kPanelColumns);
+                               typename Ops::F up = Ops::load_f(sums + (j + 1) * kPanelColumns);
+                               if (args->gate_bias != nullptr)
+                                 gate = Ops::add(gate, Ops::load_f(args->gate_bias + group + column));
+                               if (args->up_bias != nullptr)
+                                 up = Ops::add(up, Ops::load_f(args->up_bias + group + column));
+                               Ops::store_f(activated + (row - pass) * kIntermediateGroup + column,
+                                            gated_activation<Ops>(gate, up, args->limit, args->alpha));
+                             }
+                           });
       for (int row = pass; row < pass_stop; row++) {
-        const float *values = args->scratch + (row - pass) * kIntermediateGroup;
+        const float *values = activated + (row - pass) * kIntermediateGroup;
         const RowAddress to = row_address(args->output.data, next, args->rows, row);
         uint8_t *first_step = to.data + group / Format::kStepColumns * to.step_stride_bytes;
         if constexpr (Format::kInteger) {
           const int64_t index = group / kIntermediateGroup;
           quantise_group<Ops>(
-              values, KTK_DTYPE_F32, 0, stop - group, segment_columns(next, Format::kStepColumns), first_step,
+              values, KTK_DTYPE_F32, 0, columns, segment_columns(next, Format::kStepColumns), first_step,
               to.step_stride_bytes, args->output.scale + (int64_t)row * next.row_groups + index,
               args->output.sum + (int64_t)row * next.segments + index * next.segments_per_row_group);
         } else {
-          round_group<Ops>(values, KTK_DTYPE_F32, 0, stop - group, first_step, to.step_stride_bytes);
+          round_group<Ops>(values, KTK_DTYPE_F32, 0, columns, first_step, to.step_stride_bytes);
         }
-      }
-    }
-  }
-}
-
-// NT output panels from `panel`, rows [pass, pass_stop).
-template <class Ops, class Format, int NT>
-KTK_INLINE void down_panels(const DownArgs *args, bool tiles, int panel, int pass, int pass_stop) {
-  const Gemm &gemm = *args->gemm;
-  const int64_t panel_bytes = (int64_t)gemm.steps * Format::kTileBytes;
-  const int64_t panel_scales = (int64_t)gemm.weight_groups * kPanelColumns;
-  const int64_t width = (int64_t)(args->last_panel - args->first_panel) * kPanelColumns;
-  const Product p = {args->gemm,
-                     args->weights.tiles + panel * panel_bytes,
-                     panel_bytes,
-                     2 * panel_bytes,
-                     Format::kTileBytes,
-                     args->weights.scale + panel * panel_scales * (gemm.scale_is_bf16 ? 2 : 4),
-                     args->weights.zero + panel * panel_scales,
-                     panel_scales,
-                     2 * panel_scales,
-                     kPanelColumns,
-                     args->input,
-                     args->rows};
-  const int group_rows = tiles ? kPassRows : kGroupRows;
-  for (int row = pass; row < pass_stop; row += group_rows) {
-    const int row_stop = least(row + group_rows, pass_stop);
-    product<Ops, Format, NT>(p, tiles, row, row_stop, args->scratch);
-    for (int r = row; r < row_stop; r++) {
-      const typename Ops::F weight = Ops::set1_f(args->expert_weights[r]);
-      float *target = args->sum + args->tokens[r] * width + (panel - args->first_panel) * kPanelColumns;
-      for (int j = 0; j < NT; j++) {
-        typename Ops::F y = Ops::load_f(args->scratch + ((r - row) * NT + j) * kPanelColumns);
-        if (args->bias != nullptr) {
-          y = Ops::add(
-              y, load_values<Ops>(args->bias, KTK_DTYPE_F32, (panel + j) * kPanelColumns, args->hidden_size));
-        }
-        Ops::store_f(target + j * kPanelColumns,
-                     Ops::fma(weight, y, Ops::load_f(target + j * kPanelColumns)));
       }
     }
   }
@@ -153,18 +126,41 @@ KTK_INLINE void down_panels(const DownArgs *args, bool tiles, int panel, int pas
 
 template <class Ops, class Format>
 static void down(const DownArgs *args) {
+  const Gemm &gemm = *args->gemm;
   const bool tiles = uses_tiles<Ops, Format>(args->rows, args->strict);
-  const int rows_of_pass = pass_rows(*args->gemm);
+  const int rows_of_pass = pass_rows(gemm, tiles, args->rows);
+  const int64_t panel_bytes = (int64_t)gemm.steps * Format::kTileBytes;
+  const int64_t panel_scales = (int64_t)gemm.weight_groups * kPanelColumns;
+  const int panels = args->last_panel - args->first_panel;
+  const Product p = {args->gemm,
+                     args->weights.tiles + args->first_panel * panel_bytes,
+                     panel_bytes,
+                     2 * panel_bytes,
+                     Format::kTileBytes,
+                     args->weights.scale + args->first_panel * panel_scales * (gemm.scale_is_bf16 ? 2 : 4),
+                     args->weights.zero + args->first_panel * panel_scales,
+                     panel_scales,
+                     2 * panel_scales,
+                     kPanelColumns,
+                     args->input,
+                     args->rows};
   for (int pass = 0; pass < args->rows; pass += rows_of_pass) {
-    const int pass_stop = least(pass + rows_of_pass, args->rows);
-    int panel = args->first_panel;
-    for (; tiles && panel + 4 <= args->last_panel; panel += 4) {
-      down_panels<Ops, Format, 4>(args, tiles, panel, pass, pass_stop);
-    }
-    for (; panel + 2 <= args->last_panel; panel += 2) {
-      down_panels<Ops, Format, 2>(args, tiles, panel, pass, pass_stop);
-    }
-    if (panel < args->last_panel) down_panels<Ops, Format, 1>(args, tiles, panel, pass, pass_stop);
+    product<Ops, Format>(
+        p, tiles, panels, pass, least(pass + rows_of_pass, args->rows), args->scratch,
+        [&](int tile, int count, int row, const float *sums) {
+          const typename Ops::F weight = Ops::set1_f(args->expert_weights[row]);
+          float *target = args->sum + ((int64_t)args->tokens[row] * panels + tile) * kPanelColumns;
+          for (int j = 0; j < count; j++) {
+            typename Ops::F y = Ops::load_f(sums + j * kPanelColumns);
+            if (args->bias != nullptr) {
+              y = Ops::add(
+                  y, load_values<Ops>(args->bias, KTK_DTYPE_F32,
+                                      (args->first_panel + tile + j) * kPanelColumns, args->hidden_size));
+            }
+            Ops::store_f(target + j * kPanelColumns,
+                         Ops::fma(weight, y, Ops::load_f(target + j * kPanelColumns)));
+          }
+        });
   }
 }
 

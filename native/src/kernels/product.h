@@ -10,7 +10,10 @@
 #include "kernels/rows.h"
 
 constexpr int kGroupRows = 2 * kBlockRows;  // rows that one call of the vector kernels is given
+constexpr int kRunTiles = 4;                // tiles side by side in one call of the matrix-unit kernel
 constexpr int kTileBlockSteps = 8;          // steps of K whose weights stay in cache (see tile_product.h)
+
+KTK_INLINE int least(int a, int b) { return a < b ? a : b; }
 
 // Panels side by side, and the rows they meet. Tiles come in pairs: gate and up of the same neurons, or
 // two panels of the down projection.
@@ -27,6 +30,14 @@ struct Product {
 
   KTK_MEMBER int64_t tile_offset_bytes(int j) const {
     return j / 2 * pair_stride_bytes + j % 2 * tile_stride_bytes;
+  }
+  // The same from tile `first` on, which is even.
+  KTK_MEMBER Product from_tile(int first) const {
+    Product rest = *this;
+    rest.tiles += first / 2 * pair_stride_bytes;
+    rest.scale += first / 2 * scale_pair_stride * (gemm->scale_is_bf16 ? 2 : 4);
+    rest.zero += first / 2 * scale_pair_stride;
+    return rest;
   }
   KTK_MEMBER int64_t scale_offset(int j, int group) const {
     return j / 2 * scale_pair_stride + j % 2 * scale_tile_stride + group * scale_group_stride;

@@ -1,9 +1,9 @@
-// The product by matrix units, for up to 4 panels of 16 columns.
+// The product by matrix units.
 //
-// K is cut into blocks whose weight tiles (expanded to bytes, for narrower formats) fill about half of the
-// first-level cache of a hyper-thread. A block stays there while every tile of rows streams past it from the
-// second level; what has been summed so far waits in `out`. So each weight is read from memory once a call,
-// each tile of activations once for NT products, and the accumulators once a block:
+// K is cut into blocks; inside a block, the panels into runs of up to 4 tiles. The weights of a run (expanded
+// to bytes, for narrower formats) stay in the first-level cache while every tile of rows streams past them
+// from the second level; what has been summed so far waits in `out`. So each weight is read from memory once
+// a pass, and each tile of activations once a block, used for all panels of the pass:
 //
 //   registers 0-3  accumulators, 16 rows by 16 columns each
 //             4-5  activations, by turns
@@ -57,31 +57,21 @@ KTK_INLINE void prefetch_tile(const uint8_t *tile) {
   for (int line = 0; line < 16; line++) __builtin_prefetch(tile + line * 64, 0, 3);
 }
 
-// The tiles of one block of K as operands.
-template <int NT>
-struct WeightBlock {
-  const uint8_t *tiles[kTileBlockSteps][NT];
+struct TileState {
+  [[maybe_unused]] TileFile file;
+  int shaped_rows = 0;  // what the registers are configured for
+  alignas(64) uint8_t expanded[kTileBlockSteps * kRunTiles][1024];
+  alignas(64) int32_t sums[kRunTiles * kBlockRows * kPanelColumns];
 };
-
-template <class Ops, class Format, int NT>
-KTK_INLINE void operands(const Product &p, int first_step, int steps, uint8_t *expanded,
-                         WeightBlock<NT> *block) {
-  for (int s = 0; s < steps; s++) {
-    for (int j = 0; j < NT; j++) {
-      const uint8_t *tile = p.tiles + (first_step + s) * p.step_stride_bytes + p.tile_offset_bytes(j);
-      block->tiles[s][j] = Format::template tile_operand<Ops>(tile, expanded + (s * NT + j) * 1024);
-    }
-  }
-}
 
 // Adds the exact sums of a segment for a tile of rows: sums [NT][16][16], out [rows][NT][16].
 template <class Ops, class Format, int NT>
-KTK_INLINE void add_tile_segment(const Product &p, int segment, int first_row, int rows, const int32_t *sums,
-                                 float *out) {
+KTK_INLINE void add_tile_segment(const Product &p, int first_tile, int segment, int first_row, int rows,
+                                 const int32_t *sums, float *out) {
   const Gemm &gemm = *p.gemm;
   const int64_t row_group = segment / gemm.segments_per_row_group;
   for (int j = 0; j < NT; j++) {
-    const SegmentScale<Ops> scale = segment_scale<Ops>(p, segment, j);
+    const SegmentScale<Ops> scale = segment_scale<Ops>(p, segment, first_tile + j);
     for (int r = 0; r < rows; r++) {
       const int64_t row = first_row + r;
       add_scaled<Ops, Format>(gemm, scale, Ops::load_i(sums + (j * kBlockRows + r) * kPanelColumns),
@@ -91,103 +81,174 @@ KTK_INLINE void add_tile_segment(const Product &p, int segment, int first_row, i
   }
 }
 
-// Rows [first, last), beginning a block of rows. out: [last - first][NT][16].
+// Fetches part `index` of `parts` of a run's tiles into the second-level cache.
+template <class Format, int NT>
+KTK_INLINE void prefetch_run(const Product &p, int first_tile, int first_step, int steps, int index,
+                             int parts) {
+  constexpr int kLines = Format::kTileBytes / 64;
+  const int lines = steps * NT * kLines;
+  const int stop = (int)((int64_t)lines * (index + 1) / parts);
+  for (int line = (int)((int64_t)lines * index / parts); line < stop; line++) {
+    const int tile = line / kLines;
+    __builtin_prefetch(p.tiles + (first_step + tile / NT) * p.step_stride_bytes +
+                           p.tile_offset_bytes(first_tile + tile % NT) + line % kLines * 64,
+                       0, 2);
+  }
+}
+
+// What the run after this one reads.
+struct NextRun {
+  int first_tile, first_step, steps;
+};
+
+// Steps [step0, step0 + steps) of tiles [first_tile, first_tile + NT), for rows [first, last), which begin a
+// block of rows, added to out: [last - first][NT][16]. The first block of K starts the sums.
 template <class Ops, class Format, int NT>
-static void tile_product(const Product &p, int first, int last, float *out) {
+static void tile_run(const Product &p, TileState &state, int first_tile, int step0, int steps, NextRun next,
+                     int first, int last, float *out) {
   const Gemm &gemm = *p.gemm;
   const bool whole = gemm.segments == 1;  // sums of all of K stay in one accumulator
   const int halves = Format::kInteger ? gemm.halves : 1;
   const int depth_bytes = kStepBytes / halves;
   constexpr int64_t kRowFloats = NT * kPanelColumns;
+  const int row_tiles = (last - first + kBlockRows - 1) / kBlockRows;
+  [[maybe_unused]] TileFile &file = state.file;
+  const uint8_t *weights[kTileBlockSteps][NT];
+  for (int s = 0; s < steps; s++) {
+    for (int j = 0; j < NT; j++) {
+      const uint8_t *tile = p.tiles + (step0 + s) * p.step_stride_bytes + p.tile_offset_bytes(first_tile + j);
+      weights[s][j] = Format::template tile_operand<Ops>(tile, state.expanded[s * NT + j]);
+    }
+  }
+  KTK_TILE_FENCE();
+  if (!whole && step0 == 0) __builtin_memset(out, 0, (uint64_t)(last - first) * kRowFloats * sizeof(float));
 
-  [[maybe_unused]] TileFile file;
-  alignas(64) uint8_t expanded[Format::kTileBytes < 1024 ? kTileBlockSteps * NT * 1024 : 64];
-  alignas(64) int32_t sums[NT * kBlockRows * kPanelColumns];
-  WeightBlock<NT> block;
-  int shaped_rows = 0;
-
-  if (!whole) __builtin_memset(out, 0, (uint64_t)(last - first) * kRowFloats * sizeof(float));
-  for (int step0 = 0; step0 < gemm.steps; step0 += kTileBlockSteps) {
-    const int steps = gemm.steps - step0 < kTileBlockSteps ? gemm.steps - step0 : kTileBlockSteps;
-    operands<Ops, Format, NT>(p, step0, steps, expanded, &block);
-    KTK_TILE_FENCE();
-    for (int row = first; row < last; row += kBlockRows) {
-      const int rows = last - row < kBlockRows ? last - row : kBlockRows;
-      if (rows != shaped_rows) {
-        const TileConfig config = tile_shape(rows, depth_bytes);
-        KTK_TILE_CONFIGURE(file, config);
-        shaped_rows = rows;
+  for (int row = first; row < last; row += kBlockRows) {
+    const int rows = last - row < kBlockRows ? last - row : kBlockRows;
+    if (rows != state.shaped_rows) {
+      const TileConfig config = tile_shape(rows, depth_bytes);
+      KTK_TILE_CONFIGURE(file, config);
+      state.shaped_rows = rows;
+    }
+    prefetch_run<Format, NT>(p, next.first_tile, next.first_step, next.steps, (row - first) / kBlockRows,
+                             row_tiles);
+    const RowAddress address = row_address(p.rows.data, gemm, p.row_count, row);
+    const uint8_t *data = address.data + step0 * address.step_stride_bytes;
+    const uint8_t *ahead = data + (int64_t)kBlockRows * gemm.steps * kStepBytes;  // the next tile of rows
+    float *target = out + (row - first) * kRowFloats;
+    if (whole) {
+      if (step0 == 0) {
+        KTK_TILE_ZERO(file, 0);
+        if constexpr (NT > 1) KTK_TILE_ZERO(file, 1);
+        if constexpr (NT > 2) KTK_TILE_ZERO(file, 2);
+        if constexpr (NT > 3) KTK_TILE_ZERO(file, 3);
+      } else {
+        KTK_TILE_LOAD(file, 0, target, kRowFloats * 4);
+        if constexpr (NT > 1) KTK_TILE_LOAD(file, 1, target + kPanelColumns, kRowFloats * 4);
+        if constexpr (NT > 2) KTK_TILE_LOAD(file, 2, target + 2 * kPanelColumns, kRowFloats * 4);
+        if constexpr (NT > 3) KTK_TILE_LOAD(file, 3, target + 3 * kPanelColumns, kRowFloats * 4);
       }
-      const RowAddress address = row_address(p.rows.data, gemm, p.row_count, row);
-      const uint8_t *data = address.data + step0 * address.step_stride_bytes;
-      // The next tile of rows, or the first one of the next block of K.
-      const uint8_t *ahead = row + kBlockRows < last
-                                 ? data + (int64_t)kBlockRows * gemm.steps * kStepBytes
-                                 : row_address(p.rows.data, gemm, p.row_count, first).data +
-                                       (int64_t)(step0 + steps) * kBlockRows * kStepBytes;
-      float *target = out + (row - first) * kRowFloats;
-      if (whole) {
-        if (step0 == 0) {
-          KTK_TILE_ZERO(file, 0);
-          if constexpr (NT > 1) KTK_TILE_ZERO(file, 1);
-          if constexpr (NT > 2) KTK_TILE_ZERO(file, 2);
-          if constexpr (NT > 3) KTK_TILE_ZERO(file, 3);
-        } else {
-          KTK_TILE_LOAD(file, 0, target, kRowFloats * 4);
-          if constexpr (NT > 1) KTK_TILE_LOAD(file, 1, target + kPanelColumns, kRowFloats * 4);
-          if constexpr (NT > 2) KTK_TILE_LOAD(file, 2, target + 2 * kPanelColumns, kRowFloats * 4);
-          if constexpr (NT > 3) KTK_TILE_LOAD(file, 3, target + 3 * kPanelColumns, kRowFloats * 4);
-        }
-        int s = 0;
-        for (; s + 2 <= steps; s += 2) {
-          prefetch_tile(ahead + (int64_t)s * kBlockRows * kStepBytes);
-          KTK_TILE_STEP(4, data + s * address.step_stride_bytes, block.tiles[s]);
-          prefetch_tile(ahead + (int64_t)(s + 1) * kBlockRows * kStepBytes);
-          KTK_TILE_STEP(5, data + (s + 1) * address.step_stride_bytes, block.tiles[s + 1]);
-        }
-        if (s < steps) KTK_TILE_STEP(4, data + s * address.step_stride_bytes, block.tiles[s]);
-        KTK_TILE_STORE(file, 0, target, kRowFloats * 4);
-        if constexpr (NT > 1) KTK_TILE_STORE(file, 1, target + kPanelColumns, kRowFloats * 4);
-        if constexpr (NT > 2) KTK_TILE_STORE(file, 2, target + 2 * kPanelColumns, kRowFloats * 4);
-        if constexpr (NT > 3) KTK_TILE_STORE(file, 3, target + 3 * kPanelColumns, kRowFloats * 4);
-        continue;
+      int s = 0;
+      for (; s + 2 <= steps; s += 2) {
+        prefetch_tile(ahead + (int64_t)s * kBlockRows * kStepBytes);
+        KTK_TILE_STEP(4, data + s * address.step_stride_bytes, weights[s]);
+        prefetch_tile(ahead + (int64_t)(s + 1) * kBlockRows * kStepBytes);
+        KTK_TILE_STEP(5, data + (s + 1) * address.step_stride_bytes, weights[s + 1]);
       }
-      if constexpr (Format::kInteger) {
-        const int first_segment = step0 / gemm.segment_steps * halves;
-        for (int s = 0, segment = first_segment; s < steps && segment < gemm.segments; segment++) {
-          const int64_t offset = (segment - first_segment) % halves * depth_bytes;
-          const int stop = s + gemm.segment_steps < steps ? s + gemm.segment_steps : steps;
-          KTK_TILE_ZERO(file, 0);
-          if constexpr (NT > 1) KTK_TILE_ZERO(file, 1);
-          if constexpr (NT > 2) KTK_TILE_ZERO(file, 2);
-          if constexpr (NT > 3) KTK_TILE_ZERO(file, 3);
-          for (int step = s; step < stop; step++) {
-            const uint8_t *weights[NT];
-            for (int j = 0; j < NT; j++) weights[j] = block.tiles[step][j] + offset * kPanelColumns;
-            KTK_TILE_STEP(4, data + step * address.step_stride_bytes + offset, weights);
-          }
-          KTK_TILE_STORE(file, 0, sums, 64);
-          if constexpr (NT > 1) KTK_TILE_STORE(file, 1, sums + 256, 64);
-          if constexpr (NT > 2) KTK_TILE_STORE(file, 2, sums + 512, 64);
-          if constexpr (NT > 3) KTK_TILE_STORE(file, 3, sums + 768, 64);
-          add_tile_segment<Ops, Format, NT>(p, segment, row, rows, sums, target);
-          // A step of two halves is done after its second.
-          if (halves == 1 || (segment - first_segment) % 2 == 1) s = stop;
+      if (s < steps) KTK_TILE_STEP(4, data + s * address.step_stride_bytes, weights[s]);
+      KTK_TILE_STORE(file, 0, target, kRowFloats * 4);
+      if constexpr (NT > 1) KTK_TILE_STORE(file, 1, target + kPanelColumns, kRowFloats * 4);
+      if constexpr (NT > 2) KTK_TILE_STORE(file, 2, target + 2 * kPanelColumns, kRowFloats * 4);
+      if constexpr (NT > 3) KTK_TILE_STORE(file, 3, target + 3 * kPanelColumns, kRowFloats * 4);
+      continue;
+    }
+    if constexpr (Format::kInteger) {
+      const int first_segment = step0 / gemm.segment_steps * halves;
+      for (int s = 0, segment = first_segment; s < steps && segment < gemm.segments; segment++) {
+        const int64_t offset = (segment - first_segment) % halves * depth_bytes;
+        const int stop = s + gemm.segment_steps < steps ? s + gemm.segment_steps : steps;
+        KTK_TILE_ZERO(file, 0);
+        if constexpr (NT > 1) KTK_TILE_ZERO(file, 1);
+        if constexpr (NT > 2) KTK_TILE_ZERO(file, 2);
+        if constexpr (NT > 3) KTK_TILE_ZERO(file, 3);
+        for (int step = s; step < stop; step++) {
+          const uint8_t *shifted[NT];
+          for (int j = 0; j < NT; j++) shifted[j] = weights[step][j] + offset * kPanelColumns;
+          KTK_TILE_STEP(4, data + step * address.step_stride_bytes + offset, shifted);
         }
+        KTK_TILE_STORE(file, 0, state.sums, 64);
+        if constexpr (NT > 1) KTK_TILE_STORE(file, 1, state.sums + 256, 64);
+        if constexpr (NT > 2) KTK_TILE_STORE(file, 2, state.sums + 512, 64);
+        if constexpr (NT > 3) KTK_TILE_STORE(file, 3, state.sums + 768, 64);
+        add_tile_segment<Ops, Format, NT>(p, first_tile, segment, row, rows, state.sums, target);
+        // A step of two halves is done after its second.
+        if (halves == 1 || (segment - first_segment) % 2 == 1) s = stop;
       }
     }
   }
-  KTK_TILE_RELEASE(file);
+}
 
+// The exact sums that tile_run left for a run whose K is one segment, scaled.
+template <class Ops, class Format, int NT>
+KTK_INLINE void scale_run(const Product &p, int first_tile, int first, int last, float *out) {
+  for (int j = 0; j < NT; j++) {
+    const SegmentScale<Ops> scale = segment_scale<Ops>(p, 0, first_tile + j);
+    for (int row = first; row < last; row++) {
+      float *target = out + ((row - first) * NT + j) * kPanelColumns;
+      const typename Ops::I sum = Ops::load_i(target);
+      Ops::store_f(target, Ops::zero_f());
+      add_scaled<Ops, Format>(*p.gemm, scale, sum, p.rows.scale[row], p.rows.sum[row], target);
+    }
+  }
+}
+
+// Tiles [0, tile_count) for rows [first, last), which begin a block of rows. out: runs of up to 4 tiles, each
+// [last - first][tiles of the run][16].
+template <class Ops, class Format>
+static void tile_product(const Product &p, int tile_count, int first, int last, float *out) {
+  const Gemm &gemm = *p.gemm;
+  TileState state;
+  const int64_t run_floats = (int64_t)(last - first) * kRunTiles * kPanelColumns;
+  for (int step0 = 0; step0 < gemm.steps; step0 += kTileBlockSteps) {
+    const int steps = least(gemm.steps - step0, kTileBlockSteps);
+    for (int tile = 0; tile < tile_count; tile += kRunTiles) {
+      NextRun next = {tile + kRunTiles, step0, steps};
+      if (next.first_tile >= tile_count) {
+        next = {0, step0 + steps, least(gemm.steps - step0 - steps, kTileBlockSteps)};
+      }
+      float *sums = out + tile / kRunTiles * run_floats;
+      switch (least(tile_count - tile, kRunTiles)) {
+        case 1:
+          tile_run<Ops, Format, 1>(p, state, tile, step0, steps, next, first, last, sums);
+          break;
+        case 2:
+          tile_run<Ops, Format, 2>(p, state, tile, step0, steps, next, first, last, sums);
+          break;
+        case 3:
+          tile_run<Ops, Format, 3>(p, state, tile, step0, steps, next, first, last, sums);
+          break;
+        default:
+          tile_run<Ops, Format, 4>(p, state, tile, step0, steps, next, first, last, sums);
+      }
+    }
+  }
+  KTK_TILE_RELEASE(state.file);
   if constexpr (Format::kInteger) {
-    if (!whole) return;
-    for (int r = 0; r < last - first; r++) {
-      for (int j = 0; j < NT; j++) {
-        float *target = out + r * kRowFloats + j * kPanelColumns;
-        const typename Ops::I sum = Ops::load_i(target);
-        Ops::store_f(target, Ops::zero_f());
-        add_scaled<Ops, Format>(gemm, segment_scale<Ops>(p, 0, j), sum, p.rows.scale[first + r],
-                                p.rows.sum[first + r], target);
+    if (gemm.segments > 1) return;
+    for (int tile = 0; tile < tile_count; tile += kRunTiles) {
+      float *sums = out + tile / kRunTiles * run_floats;
+      switch (least(tile_count - tile, kRunTiles)) {
+        case 1:
+          scale_run<Ops, Format, 1>(p, tile, first, last, sums);
+          break;
+        case 2:
+          scale_run<Ops, Format, 2>(p, tile, first, last, sums);
+          break;
+        case 3:
+          scale_run<Ops, Format, 3>(p, tile, first, last, sums);
+          break;
+        default:
+          scale_run<Ops, Format, 4>(p, tile, first, last, sums);
       }
     }
   }
