@@ -222,6 +222,24 @@ def test_what_a_row_gives_does_not_depend_on_earlier_batches(form: Format) -> No
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_flushing_subnormals_in_the_caller_changes_no_bit(form: Format) -> None:
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(60)
+    experts = [make_weights(rng, 60, 70)]
+    x, ids = make_input(rng, 6, 60), np.zeros((6, 1), np.int64)
+    weights = np.full((6, 1), 2.0**-128, np.float32)
+    with pool_of(2) as pool, NativeLayer(pool, experts, form) as layer:
+        expected = layer.forward(x, ids, weights)
+        try:
+            torch.set_flush_denormal(True)
+            actual = layer.forward(x, ids, weights)
+        finally:
+            torch.set_flush_denormal(False)
+    assert same_bits(actual, expected)
+    assert ((np.abs(expected) < 2.0**-126) & (expected != 0)).any()
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_shards_change_only_the_last_bits(form: Format) -> None:
     """Scales do not depend on the shards, so only the fp32 sum over I is cut differently."""
     rng = np.random.default_rng(59)

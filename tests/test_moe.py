@@ -134,6 +134,22 @@ def test_both_sides_of_every_dispatch_threshold(form: Format, isa: str, strict: 
             check_against_reference(layer.forward(x, ids, weights), reference, x, ids, weights)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("form", [FORMATS[i] for i in (0, 1, 2, 3, 5, 7)], ids=str)
+def test_sizes_past_the_blocks_inside_kernels(form: Format, isa: str) -> None:
+    """Kernels block K, panels and the rows of an expert; here each is longer than a block, with a tail."""
+    rng = np.random.default_rng(45)
+    options = Options(isa=isa, max_tokens=1100)
+    with pool_of(2) as pool:
+        for hidden, intermediate, rows in ((1110, 150, 19), (150, 1110, 19), (33, 20, 513), (17, 18, 1045)):
+            experts = [make_weights(rng, hidden, intermediate)]
+            x = make_input(rng, rows, hidden, BF16)
+            ids, weights = np.zeros((rows, 1), np.int64), rng.random((rows, 1)).astype(np.float32)
+            with NativeLayer(pool, experts, form, options) as layer:
+                actual = layer.forward(x, ids, weights)
+            check_against_reference(actual, Layer(experts, form), x, ids, weights)
+
+
 @pytest.mark.parametrize("form", [FORMATS[0], FORMATS[1], FORMATS[3]], ids=str)
 def test_batches_of_several_hundred(form: Format) -> None:
     rng = np.random.default_rng(32)

@@ -150,8 +150,8 @@ def test_bounds_are_a_few_steps_of_the_output_type(form: Format) -> None:
     ids, weights = make_routing(rng, "distinct", 8, 4, 2)
     expected = Layer(experts, form).forward(x, ids, weights)
     typical = ulp(np.sqrt(np.mean(expected.value**2)), BF16)
-    assert np.median(output_tolerance(expected, BF16)) < (4 if form.kind == 0 else 1) * typical
-    assert np.max(output_tolerance(expected, BF16)) < (10 if form.kind == 0 else 6) * typical
+    assert np.median(output_tolerance(expected, BF16)) < (2 if form.kind == 0 else 0.5) * typical
+    assert np.max(output_tolerance(expected, BF16)) < 6 * typical
 
 
 @pytest.mark.parametrize("form", [f for f in FORMATS if f.integer], ids=str)
