@@ -81,37 +81,16 @@ KTK_INLINE void add_tile_segment(const Product &p, int first_tile, int segment, 
   }
 }
 
-// Fetches part `index` of `parts` of a run's tiles into the second-level cache.
-template <class Format, int NT>
-KTK_INLINE void prefetch_run(const Product &p, int first_tile, int first_step, int steps, int index,
-                             int parts) {
-  constexpr int kLines = Format::kTileBytes / 64;
-  const int lines = steps * NT * kLines;
-  const int stop = (int)((int64_t)lines * (index + 1) / parts);
-  for (int line = (int)((int64_t)lines * index / parts); line < stop; line++) {
-    const int tile = line / kLines;
-    __builtin_prefetch(p.tiles + (first_step + tile / NT) * p.step_stride_bytes +
-                           p.tile_offset_bytes(first_tile + tile % NT) + line % kLines * 64,
-                       0, 2);
-  }
-}
-
-// What the run after this one reads.
-struct NextRun {
-  int first_tile, first_step, steps;
-};
-
 // Steps [step0, step0 + steps) of tiles [first_tile, first_tile + NT), for rows [first, last), which begin a
 // block of rows, added to out: [last - first][NT][16]. The first block of K starts the sums.
 template <class Ops, class Format, int NT>
-static void tile_run(const Product &p, TileState &state, int first_tile, int step0, int steps, NextRun next,
-                     int first, int last, float *out) {
+static void tile_run(const Product &p, TileState &state, int first_tile, int step0, int steps, int first,
+                     int last, float *out) {
   const Gemm &gemm = *p.gemm;
   const bool whole = gemm.segments == 1;  // sums of all of K stay in one accumulator
   const int halves = Format::kInteger ? gemm.halves : 1;
   const int depth_bytes = kStepBytes / halves;
   constexpr int64_t kRowFloats = NT * kPanelColumns;
-  const int row_tiles = (last - first + kBlockRows - 1) / kBlockRows;
   [[maybe_unused]] TileFile &file = state.file;
   const uint8_t *weights[kTileBlockSteps][NT];
   for (int s = 0; s < steps; s++) {
@@ -130,8 +109,6 @@ static void tile_run(const Product &p, TileState &state, int first_tile, int ste
       KTK_TILE_CONFIGURE(file, config);
       state.shaped_rows = rows;
     }
-    prefetch_run<Format, NT>(p, next.first_tile, next.first_step, next.steps, (row - first) / kBlockRows,
-                             row_tiles);
     const RowAddress address = row_address(p.rows.data, gemm, p.row_count, row);
     const uint8_t *data = address.data + step0 * address.step_stride_bytes;
     const uint8_t *ahead = data + (int64_t)kBlockRows * gemm.steps * kStepBytes;  // the next tile of rows
@@ -212,23 +189,19 @@ static void tile_product(const Product &p, int tile_count, int first, int last, 
   for (int step0 = 0; step0 < gemm.steps; step0 += kTileBlockSteps) {
     const int steps = least(gemm.steps - step0, kTileBlockSteps);
     for (int tile = 0; tile < tile_count; tile += kRunTiles) {
-      NextRun next = {tile + kRunTiles, step0, steps};
-      if (next.first_tile >= tile_count) {
-        next = {0, step0 + steps, least(gemm.steps - step0 - steps, kTileBlockSteps)};
-      }
       float *sums = out + tile / kRunTiles * run_floats;
       switch (least(tile_count - tile, kRunTiles)) {
         case 1:
-          tile_run<Ops, Format, 1>(p, state, tile, step0, steps, next, first, last, sums);
+          tile_run<Ops, Format, 1>(p, state, tile, step0, steps, first, last, sums);
           break;
         case 2:
-          tile_run<Ops, Format, 2>(p, state, tile, step0, steps, next, first, last, sums);
+          tile_run<Ops, Format, 2>(p, state, tile, step0, steps, first, last, sums);
           break;
         case 3:
-          tile_run<Ops, Format, 3>(p, state, tile, step0, steps, next, first, last, sums);
+          tile_run<Ops, Format, 3>(p, state, tile, step0, steps, first, last, sums);
           break;
         default:
-          tile_run<Ops, Format, 4>(p, state, tile, step0, steps, next, first, last, sums);
+          tile_run<Ops, Format, 4>(p, state, tile, step0, steps, first, last, sums);
       }
     }
   }
