@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -32,6 +33,7 @@ from ktk.errors import (
     KtkError,
     KtkInternalError,
     KtkStateError,
+    KtkSystemError,
     KtkUnsupportedError,
 )
 
@@ -282,6 +284,12 @@ def pack_case(*changes: tuple[int, Any]) -> Call:
     return lambda module, pool, moe, queue: (arrays, moe.pack_expert(*arguments))
 
 
+def write_trace(module: ModuleType, path: Any) -> None:
+    with module.Trace() as trace:
+        trace.stop()
+        trace.write(path)
+
+
 REFUSED: dict[str, tuple[type[Exception], str, Call]] = {
     "isa of another type": (TypeError, "name must be a str, got int", lambda m, p, e, q: m.isa_check(3)),
     "isa with null": (KtkArgumentError, "null character", lambda m, p, e, q: m.isa_check("a\0b")),
@@ -410,6 +418,27 @@ REFUSED: dict[str, tuple[type[Exception], str, Call]] = {
     ),
     "sync negative": (KtkArgumentError, "allow_n_pending", lambda m, p, e, q: q.sync(-1)),
     "sync of float": (TypeError, "allow_n_pending must be an int, got float", lambda m, p, e, q: q.sync(0.5)),
+    "trace of text": (TypeError, "spans_per_thread must be an int", lambda m, p, e, q: m.Trace("all")),
+    "trace of negative": (KtkArgumentError, "spans", lambda m, p, e, q: m.Trace(-1)),
+    "trace too long": (KtkArgumentError, "spans", lambda m, p, e, q: m.Trace(2**40)),
+    "trace to no path": (
+        TypeError,
+        "path must be a str or os.PathLike",
+        lambda m, p, e, q: write_trace(m, 3),
+    ),
+    "trace to null": (KtkArgumentError, "null character", lambda m, p, e, q: write_trace(m, "a\0b")),
+    "trace to a missing folder": (
+        KtkSystemError,
+        "/no/such/folder/trace.json",
+        lambda m, p, e, q: write_trace(m, "/no/such/folder/trace.json"),
+    ),
+    "trace while it runs": (KtkStateError, "", lambda m, p, e, q: m.Trace().json()),
+    "thread limit of text": (
+        TypeError,
+        "num_threads must be an int",
+        lambda m, p, e, q: m.set_num_threads("2"),
+    ),
+    "thread limit negative": (KtkArgumentError, "num_threads", lambda m, p, e, q: m.set_num_threads(-1)),
     "queue of no pool": (
         TypeError,
         "pool must be a ktk._native.Pool, got int",
@@ -958,6 +987,40 @@ queue = _native.Queue(_native.Pool([1]))
 queue.submit(lambda: 1 / 0)
 """
     assert printed(code, "-X", "dev", KTK_BINDING=_native.binding) == ""
+
+
+# Trace and thread limit.
+
+
+def test_a_trace_names_what_ran(pool: Any, tmp_path: Path) -> None:
+    with make_moe(pool, layer_index=7) as moe, _native.Trace() as trace:
+        load(moe)
+        moe.forward(**Batch().arguments())
+        trace.stop()
+        trace.stop()
+        events = json.loads(trace.json())["traceEvents"]
+        assert events
+        trace.write(tmp_path / "trace.json")
+        assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"] == events
+    assert trace.closed
+    with pytest.raises(KtkStateError, match="this Trace is closed"):
+        trace.json()
+
+
+def test_the_thread_limit_changes_no_result(pool: Any) -> None:
+    before = _native.get_num_threads()
+    with make_moe(pool) as moe:
+        load(moe)
+        free, limited = Batch(), Batch()
+        moe.forward(**free.arguments())
+        _native.set_num_threads(1)
+        try:
+            assert _native.get_num_threads() == 1
+            moe.forward(**limited.arguments())
+        finally:
+            _native.set_num_threads(before)
+    assert _native.get_num_threads() == before
+    assert free.output.tobytes() == limited.output.tobytes()
 
 
 # Instruction sets.

@@ -8,6 +8,7 @@ do not fit the C type, null or misaligned pointers, and handles that are closed.
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -109,6 +110,16 @@ def text(name: str, value: object) -> bytes:
     if "\0" in value:
         raise KtkArgumentError(f"{name} must not contain a null character, got {value!r}")
     return value.encode()
+
+
+def path(value: object) -> bytes:
+    """The path of a file as the bytes of a C string."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"path must be a str or os.PathLike, got {type(value).__name__}")
+    encoded = os.fsencode(value)
+    if b"\0" in encoded:
+        raise KtkArgumentError(f"path must not contain a null character, got {value!r}")
+    return encoded
 
 
 def int32_list(name: str, values: object) -> list[int]:

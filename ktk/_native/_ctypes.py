@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import os
 import threading
 import time
 import weakref
@@ -136,6 +137,8 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ktk_pool_destroy": (_STATUS, (_Handle,)),
     "ktk_pool_threads": (_STATUS, (_Handle, POINTER(c_int32), POINTER(c_int32))),
     "ktk_pool_warnings": (c_char_p, (_Handle,)),
+    "ktk_set_num_threads": (_STATUS, (c_int32,)),
+    "ktk_get_num_threads": (_STATUS, (POINTER(c_int32),)),
     "ktk_moe_create": (_STATUS, (POINTER(MoeConfig), _Handle, POINTER(_Handle))),
     "ktk_moe_destroy": (_STATUS, (_Handle,)),
     "ktk_moe_pack_expert": (_STATUS, (_Handle, c_int32, POINTER(ExpertWeights))),
@@ -157,6 +160,11 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ktk_queue_submit_with_cuda_stream": (_STATUS, (_Handle, _UINTPTR, TASK_FN, c_void_p)),
     "ktk_queue_sync_with_cuda_stream": (_STATUS, (_Handle, _UINTPTR, c_int32)),
     "ktk_queue_pending": (_STATUS, (_Handle, POINTER(c_int64))),
+    "ktk_trace_start": (_STATUS, (c_int64, POINTER(_Handle))),
+    "ktk_trace_stop": (_STATUS, (_Handle,)),
+    "ktk_trace_json": (_STATUS, (_Handle, c_char_p, c_size_t, POINTER(c_size_t))),
+    "ktk_trace_write": (_STATUS, (_Handle, c_char_p)),
+    "ktk_trace_destroy": (_STATUS, (_Handle,)),
 }
 
 
@@ -245,18 +253,32 @@ def isa_kernel(isa: str, format: int, rows: int) -> str:
     return (kernel.value or b"").decode()
 
 
-def machine_json() -> str:
-    # The description may grow between two calls, for one if the CUDA run time is loaded meanwhile.
+def _json(write: Callable[..., int], *handle: int) -> str:
+    # The text may grow between two calls: that of the machine if the CUDA run time is loaded meanwhile.
     capacity = 16384
     needed = c_size_t()
     while True:
         buffer = ctypes.create_string_buffer(capacity)
-        status = _lib.ktk_machine_json(buffer, capacity, byref(needed))
+        status = write(*handle, buffer, capacity, byref(needed))
         if status == _ERR_ARGUMENT and needed.value > capacity:
             capacity = needed.value
             continue
         _check(status)
         return buffer.value.decode()
+
+
+def machine_json() -> str:
+    return _json(_lib.ktk_machine_json)
+
+
+def set_num_threads(num_threads: int) -> None:
+    _check(_lib.ktk_set_num_threads(_checks.int32("num_threads", num_threads)))
+
+
+def get_num_threads() -> int:
+    count = c_int32()
+    _check(_lib.ktk_get_num_threads(byref(count)))
+    return count.value
 
 
 class _Native:
@@ -679,6 +701,37 @@ class Queue(_PoolMember):
             if self._tasks.on_own_thread():
                 raise _checks.own_task("sync_with_cuda_stream")
             self._finish(_lib.ktk_queue_sync_with_cuda_stream(handle, address, allowed))
+
+
+class Trace(_Native):
+    _kind = "Trace"
+
+    def __init__(self, spans_per_thread: int = 0) -> None:
+        spans = _checks.int64("spans_per_thread", spans_per_thread)
+        self.close()
+        super().__init__()
+        handle = c_void_p()
+        _check(_lib.ktk_trace_start(spans, byref(handle)))
+        self._adopt(handle)
+
+    def __del__(self) -> None:
+        try:
+            self._destroy()
+        except KtkError:
+            return
+
+    def stop(self) -> None:
+        with self._open() as handle:
+            _check(_lib.ktk_trace_stop(handle))
+
+    def json(self) -> str:
+        with self._open() as handle:
+            return _json(_lib.ktk_trace_json, handle)
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        encoded = _checks.path(path)
+        with self._open() as handle:
+            _check(_lib.ktk_trace_write(handle, encoded))
 
 
 def _finish_queues() -> None:

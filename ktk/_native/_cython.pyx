@@ -122,8 +122,9 @@ def isa_kernel(isa, format, rows):
     return kernel.decode()
 
 
-def machine_json():
-    # The description may grow between two calls, for one if the CUDA run time is loaded meanwhile.
+cdef str _json(c.ktk_trace *trace):
+    # Of a trace, or with NULL of the machine. The text may grow between two calls: that of the machine if the
+    # CUDA run time is loaded meanwhile.
     cdef size_t capacity = 16384
     cdef size_t needed = 0
     cdef char *buffer
@@ -134,7 +135,10 @@ def machine_json():
             raise MemoryError()
         try:
             with nogil:
-                status = c.ktk_machine_json(buffer, capacity, &needed)
+                if trace == NULL:
+                    status = c.ktk_machine_json(buffer, capacity, &needed)
+                else:
+                    status = c.ktk_trace_json(trace, buffer, capacity, &needed)
             if status == c.KTK_ERR_ARGUMENT and needed > capacity:
                 capacity = needed
                 continue
@@ -142,6 +146,21 @@ def machine_json():
             return buffer.decode()
         finally:
             free(buffer)
+
+
+def machine_json():
+    return _json(NULL)
+
+
+def set_num_threads(num_threads):
+    cdef int32_t count = _int32("num_threads", num_threads)
+    _check(c.ktk_set_num_threads(count))
+
+
+def get_num_threads():
+    cdef int32_t count = 0
+    _check(c.ktk_get_num_threads(&count))
+    return count
 
 
 @cython.no_gc_clear
@@ -648,6 +667,91 @@ cdef class Queue:
         _check(status)
         self.tasks = None
         self.pool = None
+
+    def __enter__(self):
+        self.open()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.close()
+
+
+cdef class Trace:
+    cdef c.ktk_trace *handle
+    cdef int calls
+    cdef object __weakref__
+
+    def __init__(self, spans_per_thread=0):
+        cdef c.ktk_trace *handle = NULL
+        cdef c.ktk_status status
+        cdef int64_t spans = _checks.int64("spans_per_thread", spans_per_thread)
+        self.close()
+        with nogil:
+            status = c.ktk_trace_start(spans, &handle)
+        _check(status)
+        self.handle = handle
+
+    def __dealloc__(self):
+        cdef c.ktk_trace *handle = self.handle
+        if handle != NULL:
+            with nogil:
+                c.ktk_trace_destroy(handle)
+
+    cdef c.ktk_trace *open(self) except NULL:
+        if self.handle == NULL:
+            raise _checks.closed("Trace")
+        return self.handle
+
+    @property
+    def closed(self):
+        return self.handle == NULL
+
+    def stop(self):
+        cdef c.ktk_trace *handle = self.open()
+        cdef c.ktk_status status
+        self.calls += 1
+        try:
+            with nogil:
+                status = c.ktk_trace_stop(handle)
+            _check(status)
+        finally:
+            self.calls -= 1
+
+    def json(self):
+        cdef c.ktk_trace *handle = self.open()
+        self.calls += 1
+        try:
+            return _json(handle)
+        finally:
+            self.calls -= 1
+
+    def write(self, path):
+        cdef bytes encoded = _checks.path(path)
+        cdef const char *name = encoded
+        cdef c.ktk_trace *handle = self.open()
+        cdef c.ktk_status status
+        self.calls += 1
+        try:
+            with nogil:
+                status = c.ktk_trace_write(handle, name)
+            _check(status)
+        finally:
+            self.calls -= 1
+
+    def close(self):
+        cdef c.ktk_trace *handle = self.handle
+        cdef c.ktk_status status
+        if handle == NULL:
+            return
+        self.handle = NULL
+        while self.calls:
+            with nogil:
+                usleep(200)
+        with nogil:
+            status = c.ktk_trace_destroy(handle)
+        if status != c.KTK_OK:
+            self.handle = handle
+        _check(status)
 
     def __enter__(self):
         self.open()

@@ -1,5 +1,15 @@
-# What both bindings export, and the only place where it is described. `ktk._native` has the same names.
+"""What both bindings export, and the only place where it is described. `ktk._native` has the same names.
 
+Pointers are addresses as integers (`data_ptr()` of a tensor). The memory behind them belongs to the caller
+and must be contiguous, of the size that the shapes say, and aligned to its type. Calls release the GIL while
+they work.
+
+Every call may raise `TypeError` for an argument of the wrong type, `KtkArgumentError` for a wrong value, and,
+on a closed object, `KtkStateError`. Objects close when they are collected, at the end of a `with` block, or
+by `close`, which may be called again.
+"""
+
+import os
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Final, SupportsFloat
@@ -22,15 +32,51 @@ PART_GATE_BIAS: Final = 6
 PART_UP_BIAS: Final = 7
 PART_DOWN_BIAS: Final = 8
 
-def version() -> str: ...
-def abi_version() -> int: ...
-def isa_names() -> list[str]: ...
-def isa_check(name: str) -> None: ...
-def isa_default() -> str: ...
-def isa_kernel(isa: str, format: int, rows: int) -> str: ...
-def machine_json() -> str: ...
+def version() -> str:
+    """Version of the library."""
+
+def abi_version() -> int:
+    """Version of the C ABI, `KTK_ABI_VERSION`."""
+
+def isa_names() -> list[str]:
+    """Instruction sets that the library was built for, best first; emulated ones come last."""
+
+def isa_check(name: str) -> None:
+    """Returns if this CPU can run an instruction set; else `KtkUnsupportedError` names what is missing."""
+
+def isa_default() -> str:
+    """Instruction set of layers that name none: KTK_ISA if it is set, else the best runnable one.
+
+    Raises `KtkUnsupportedError` if KTK_ISA names one that cannot run here.
+    """
+
+def isa_kernel(isa: str, format: int, rows: int) -> str:
+    """Name of the kernel for an expert with `rows` tokens, for weights of FORMAT_`format`."""
+
+def machine_json() -> str:
+    """JSON object: CPU model, NUMA nodes and their usable CPUs, affinity, huge pages, CUDA run time."""
+
+def set_num_threads(num_threads: int) -> None:
+    """Most threads of each pool of the process that take part in its work; 0 lifts the limit."""
+
+def get_num_threads() -> int:
+    """The limit; without one, the usable CPUs or the threads of the largest pool, whichever is more."""
 
 class Pool:
+    """Worker threads in subpools, each on one NUMA node.
+
+    Parameters
+    ----------
+    subpool_thread_count : sequence of int
+        Threads of each subpool, at least 1.
+    subpool_numa_map : sequence of int, optional
+        NUMA node of each subpool; default: 0, 1, 2 ...
+    bind_threads : bool
+        Binds each thread to one CPU where the node has enough of them.
+    spin_ns : int
+        Nanoseconds of active waiting before an idle thread sleeps; negative: the library's default.
+    """
+
     def __init__(
         self,
         subpool_thread_count: Sequence[int],
@@ -41,18 +87,48 @@ class Pool:
     @property
     def subpool_count(self) -> int: ...
     @property
-    def thread_count(self) -> int: ...
+    def thread_count(self) -> int:
+        """Threads of all subpools, the caller's included."""
     @property
-    def warnings(self) -> str: ...
+    def warnings(self) -> str:
+        """What creation had to give up, one line each; empty if nothing."""
     @property
     def closed(self) -> bool: ...
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends the threads. Raises `KtkStateError` while a layer or queue of the pool is open."""
     def __enter__(self) -> Self: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
 class Moe:
+    """The experts of one layer, packed for one instruction set; it keeps its pool alive.
+
+    Parameters
+    ----------
+    pool : Pool
+        Runs the layer and says how it is split.
+    num_experts, top_k, hidden_size, intermediate_size, max_tokens : int
+        E, most experts a token, H, I, and most tokens in one forward.
+    format : int
+        A FORMAT_ constant.
+    group_size : int
+        INT4: 32, 64 or 128 input columns a scale, or 0 for one scale a row. Else 0.
+    asymmetric : bool
+        INT4 with groups: one zero point a group.
+    strict : bool
+        One family of kernels, so that results do not depend on the batch size.
+    swiglu_limit, swiglu_alpha : float
+        Clamp and slope of the activation; 0: none.
+    isa : str, optional
+        Instruction set; default: `isa_default()`.
+    gpu_experts_mask_ptr : int
+        uint8 or bool [E], read at each forward and kept by the caller while the layer lives: non-zero
+        experts contribute nothing. 0: none.
+    layer_index : int
+        For messages and traces.
+    """
+
     def __init__(
         self,
         pool: Pool,
@@ -75,7 +151,8 @@ class Moe:
     @property
     def isa(self) -> str: ...
     @property
-    def weight_bytes(self) -> int: ...
+    def weight_bytes(self) -> int:
+        """Bytes of packed weights, all experts."""
     @property
     def closed(self) -> bool: ...
     def pack_expert(
@@ -88,10 +165,17 @@ class Moe:
         gate_bias_ptr: int = 0,
         up_bias_ptr: int = 0,
         down_bias_ptr: int = 0,
-    ) -> None: ...
-    def part_bytes(self, part: int) -> int: ...
-    def export_part(self, expert: int, part: int, ptr: int, bytes: int) -> None: ...
-    def import_part(self, expert: int, part: int, ptr: int, bytes: int) -> None: ...
+    ) -> None:
+        """Quantises and packs one expert: gate and up [I, H], down [H, I]; biases float32, 0: none.
+
+        Raises `KtkArgumentError` if a weight is not finite; the expert then counts as not loaded.
+        """
+    def part_bytes(self, part: int) -> int:
+        """Size of one PART_ of one packed expert; 0 where the format has no such part."""
+    def export_part(self, expert: int, part: int, ptr: int, bytes: int) -> None:
+        """Copies a packed part to `ptr`; `bytes` must be `part_bytes(part)`."""
+    def import_part(self, expert: int, part: int, ptr: int, bytes: int) -> None:
+        """Copies a packed part from `ptr`. Raises `KtkArgumentError` if a scale or bias is not finite."""
     def forward(
         self,
         num_tokens_ptr: int,
@@ -103,21 +187,31 @@ class Moe:
         output_ptr: int,
         output_dtype: int,
         incremental: bool = False,
-    ) -> None: ...
-    def close(self) -> None: ...
+    ) -> None:
+        """Runs one batch: int32 [1], int64 and float32 [B, top_k], input and output [B, H].
+
+        `incremental` adds to the output. Raises `KtkStateError` if a routed expert is not loaded.
+        """
+    def close(self) -> None:
+        """Waits until nothing of the layer is pending, then frees it."""
     def __enter__(self) -> Self: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
 class Queue:
+    """A thread that runs tasks in the order of submission; it keeps its pool alive."""
+
     def __init__(self, pool: Pool) -> None: ...
     @property
-    def pending(self) -> int: ...
+    def pending(self) -> int:
+        """Tasks submitted and not yet finished."""
     @property
     def closed(self) -> bool: ...
-    def submit(self, function: Callable[[], Any]) -> None: ...
-    def submit_with_cuda_stream(self, stream: int | None, function: Callable[[], Any]) -> None: ...
+    def submit(self, function: Callable[[], Any]) -> None:
+        """Calls `function` on the thread of the queue; what it raises is raised by `sync`."""
+    def submit_with_cuda_stream(self, stream: int | None, function: Callable[[], Any]) -> None:
+        """As `submit`, when `stream` gets there; capturable: the queue keeps the callable."""
     def submit_forward(
         self,
         moe: Moe,
@@ -130,7 +224,8 @@ class Queue:
         output_ptr: int,
         output_dtype: int,
         incremental: bool = False,
-    ) -> None: ...
+    ) -> None:
+        """Runs `moe.forward` later. A failure fills the output with NaN and is raised by `sync`."""
     def submit_forward_with_cuda_stream(
         self,
         stream: int | None,
@@ -144,9 +239,40 @@ class Queue:
         output_ptr: int,
         output_dtype: int,
         incremental: bool = False,
+    ) -> None:
+        """As `submit_forward`, when `stream` gets there; capturable in a CUDA graph."""
+    def sync(self, allow_n_pending: int = 0) -> None:
+        """Waits until at most so many tasks are left, and raises the first failure since the last `sync`.
+
+        That is the exception object of a callable; if a forward failed too, its error is the context.
+        """
+    def sync_with_cuda_stream(self, stream: int | None, allow_n_pending: int = 0) -> None:
+        """Makes the stream wait; failures in that wait are raised by the next `sync`."""
+    def close(self) -> None:
+        """Runs what is pending, then ends the thread. A failure that nobody asked for is dropped."""
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
-    def sync(self, allow_n_pending: int = 0) -> None: ...
-    def sync_with_cuda_stream(self, stream: int | None, allow_n_pending: int = 0) -> None: ...
+
+class Trace:
+    """What the threads of all pools and queues do between creation and `stop`.
+
+    Parameters
+    ----------
+    spans_per_thread : int
+        Latest spans that each thread keeps, 40 bytes each; 0: the library's default.
+    """
+
+    def __init__(self, spans_per_thread: int = 0) -> None: ...
+    @property
+    def closed(self) -> bool: ...
+    def stop(self) -> None:
+        """Ends the recording; again: does nothing."""
+    def json(self) -> str:
+        """The stopped trace for Chrome's trace viewer or Perfetto; `KtkStateError` while it runs."""
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Writes `json()` to a file, which appears when it is complete."""
     def close(self) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(
