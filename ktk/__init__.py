@@ -21,7 +21,16 @@ from ktk.errors import (
 if TYPE_CHECKING:
     from ktk.buffers import KExpertsCPUBuffer
     from ktk.experts import BaseMoEWrapper, Experts, KTMoEWrapper, generate_gpu_experts_masks
-    from ktk.runtime import CPUInfer, ForwardTask, WorkerPoolConfig, runtime_info, show_runtime
+    from ktk.profiling import profile
+    from ktk.runtime import (
+        CPUInfer,
+        ForwardTask,
+        WorkerPoolConfig,
+        get_num_threads,
+        runtime_info,
+        set_num_threads,
+        show_runtime,
+    )
 
     __version__: str
 
@@ -44,7 +53,10 @@ __all__ = [
     "generate_gpu_experts_masks",
     "get_include",
     "get_library",
+    "get_num_threads",
+    "profile",
     "runtime_info",
+    "set_num_threads",
     "show_runtime",
 ]
 
@@ -57,7 +69,10 @@ _MODULE_OF_NAME = {
     "KTMoEWrapper": "ktk.experts",
     "WorkerPoolConfig": "ktk.runtime",
     "generate_gpu_experts_masks": "ktk.experts",
+    "get_num_threads": "ktk.runtime",
+    "profile": "ktk.profiling",
     "runtime_info": "ktk.runtime",
+    "set_num_threads": "ktk.runtime",
     "show_runtime": "ktk.runtime",
 }
 

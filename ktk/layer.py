@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
-import math
 import os
 import threading
 import weakref
@@ -18,7 +16,7 @@ from ktk import _native, ops
 from ktk.buffers import BufferLifetimes, KExpertsCPUBuffer, stream_address, to_device, to_host
 from ktk.config import MAX_INT32, LayerConfig, checked_int
 from ktk.errors import KtkArgumentError, KtkStateError
-from ktk.runtime import CPUInfer, WorkerPoolConfig
+from ktk.runtime import CPUInfer, WorkerPoolConfig, default_threads
 from ktk.weights.checkpoint import Checkpoint, ExpertWeights
 from ktk.weights.packed import PackedFile, PackedLayer, PackedWriter
 
@@ -41,15 +39,6 @@ _cpu_infers: weakref.WeakValueDictionary[Hashable, CPUInfer] = weakref.WeakValue
 _cpu_infers_lock = threading.Lock()
 
 
-def _default_threads() -> int:
-    """Physical cores this process may use, or fewer where a quota of the container is lower."""
-    machine = json.loads(_native.machine_json())
-    threads: int = sum(node["physical_cores"] for node in machine["nodes"])
-    if machine["cpu_quota"]:
-        threads = min(threads, math.ceil(machine["cpu_quota"]))
-    return max(threads, 1)
-
-
 def shared_cpu_infer(
     threads: int | None = None, threadpool_count: int | None = None, numa_nodes: Sequence[int] | None = None
 ) -> CPUInfer:
@@ -60,8 +49,8 @@ def shared_cpu_infer(
     Parameters
     ----------
     threads : int, optional
-        Threads in all; default: the physical cores that the process may use. Split over the subpools as
-        evenly as possible; the first ones take the remainder.
+        Threads in all; default: KTK_NUM_THREADS, or the physical cores that the process may use. Split over
+        the subpools as evenly as possible; the first ones take the remainder.
     threadpool_count : int, optional
         Number of subpools; default: as many as `numa_nodes`, or one for each NUMA node with CPUs.
     numa_nodes : sequence of int, optional
@@ -76,7 +65,7 @@ def shared_cpu_infer(
     KtkArgumentError
         If there are fewer threads than subpools, or not one node for each subpool, or a node does not exist.
     """
-    threads = _default_threads() if threads is None else checked_int("cpuinfer_threads", threads, 1)
+    threads = default_threads() if threads is None else checked_int("cpuinfer_threads", threads, 1)
     nodes = None if numa_nodes is None else [checked_int("a NUMA node", node, 0) for node in numa_nodes]
     if threadpool_count is None and nodes is None:
         config = WorkerPoolConfig.from_threads(threads)

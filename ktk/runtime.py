@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,7 +19,83 @@ from ktk.errors import KtkArgumentError, KtkStateError, KtkUnsupportedError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["CPUInfer", "ForwardTask", "WorkerPoolConfig", "runtime_info", "show_runtime"]
+__all__ = [
+    "CPUInfer",
+    "ForwardTask",
+    "WorkerPoolConfig",
+    "default_threads",
+    "get_num_threads",
+    "runtime_info",
+    "set_num_threads",
+    "show_runtime",
+]
+
+
+def default_threads() -> int:
+    """Threads of a pool for which nobody names a number.
+
+    Returns
+    -------
+    int
+        KTK_NUM_THREADS from the environment, if it is set; else the physical cores that this process may use,
+        or fewer where a quota of the container is lower.
+
+    Raises
+    ------
+    KtkArgumentError
+        If KTK_NUM_THREADS is no number, or less than 1.
+    """
+    wanted = os.environ.get("KTK_NUM_THREADS", "").strip()
+    if wanted:
+        if not wanted.isdecimal() or int(wanted) < 1:
+            raise KtkArgumentError(f"KTK_NUM_THREADS must be a number of at least 1, got {wanted!r}")
+        return int(wanted)
+    machine = json.loads(_native.machine_json())
+    threads: int = sum(node["physical_cores"] for node in machine["nodes"])
+    if machine["cpu_quota"]:
+        threads = min(threads, math.ceil(machine["cpu_quota"]))
+    return max(threads, 1)
+
+
+def set_num_threads(num_threads: int | None) -> None:
+    """Limit the threads of each pool of this process that work at a time.
+
+    It holds for existing pools, from their next parallel section on, and for those made later; the threads
+    beyond the limit sleep. A pool never has more threads than it was made with. Over several NUMA nodes the
+    threads are spread in proportion, at least one on each; with fewer threads than subpools, the calling
+    thread works alone. Results are the same bits whatever the number.
+
+    Parameters
+    ----------
+    num_threads : int or None
+        At least 1. None lifts the limit; so does a number that is not below what `get_num_threads` returns
+        without a limit.
+
+    Raises
+    ------
+    KtkArgumentError
+        If `num_threads` is less than 1.
+    TypeError
+        If it is no int.
+    """
+    if num_threads is None:
+        _native.set_num_threads(0)
+        return
+    if not isinstance(num_threads, bool) and isinstance(num_threads, int) and num_threads < 1:
+        raise KtkArgumentError(f"num_threads must be at least 1, or None for no limit, got {num_threads}")
+    _native.set_num_threads(num_threads)
+
+
+def get_num_threads() -> int:
+    """Most threads of a pool that may work at a time.
+
+    Returns
+    -------
+    int
+        What `set_num_threads` set. Without a limit: the usable CPUs, or the threads of the largest pool made
+        so far, whichever is more.
+    """
+    return _native.get_num_threads()
 
 
 @dataclass
@@ -192,9 +270,10 @@ class CPUInfer:
 
     Parameters
     ----------
-    config : int or WorkerPoolConfig
+    config : int or WorkerPoolConfig, optional
         An int is a number of threads, split evenly over the NUMA nodes that have usable CPUs (see
         `WorkerPoolConfig.from_threads`). The thread that calls a layer directly takes part as one of them.
+        Default: `default_threads()`, which is KTK_NUM_THREADS or the physical cores.
 
     Raises
     ------
@@ -215,11 +294,11 @@ class CPUInfer:
     ...     cpu.sync()
     """
 
-    def __init__(self, config: int | WorkerPoolConfig) -> None:
+    def __init__(self, config: int | WorkerPoolConfig | None = None) -> None:
         self._pool: _native.Pool | None = None
         self._queue: _native.Queue | None = None
         if not isinstance(config, WorkerPoolConfig):
-            config = WorkerPoolConfig.from_threads(config)
+            config = WorkerPoolConfig.from_threads(default_threads() if config is None else config)
         pool = config.make_pool()
         if pool.warnings:
             warnings.warn(pool.warnings.strip().replace("\n", "; "), RuntimeWarning, stacklevel=2)

@@ -127,9 +127,17 @@ def _check_abi(module: ModuleType) -> None:
         )
 
 
+if os.environ.get("KTK_TRACE"):
+    from ktk import _process_trace
+else:
+    _process_trace = None  # type: ignore[assignment]
+
 binding, _module = _import_binding()
 """Name of the binding in use, and its module."""
 
 _check_abi(_module)
 if not TYPE_CHECKING:
     globals().update({name: getattr(_module, name) for name in __all__ if name not in globals()})
+
+if _process_trace is not None:
+    _process_trace.start(_module)
