@@ -490,6 +490,8 @@ def test_forward_is_the_same_through_both_bindings() -> None:
             queue.sync()
             queue.submit_forward_with_cuda_stream(None, moe, **streamed.arguments())
             queue.sync_with_cuda_stream(0)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             queue.sync()
             outputs += [direct.output, queued.output, streamed.output]
     assert np.any(outputs[0])

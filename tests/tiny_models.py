@@ -58,7 +58,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 """What each architecture sets besides the common sizes."""
 
-ACTIVATIONS = {"gpt_oss": Activation(limit=0.5, alpha=1.702)}
+# Older releases of transformers 5 take neither constant from the configuration.
+_GPT_OSS_LIMIT = 0.5 if hasattr(transformers.GptOssConfig(), "swiglu_alpha") else 7.0
+
+ACTIVATIONS = {"gpt_oss": Activation(limit=_GPT_OSS_LIMIT, alpha=1.702)}
 """Activations other than silu(gate) * up."""
 
 
