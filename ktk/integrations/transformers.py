@@ -266,6 +266,14 @@ def _install(module: nn.Module, layer: Experts) -> None:
     _strip(module)
     # Past nn.Module's own bookkeeping, which has no place for it.
     object.__setattr__(module, _LAYER, layer)
+    module.register_state_dict_pre_hook(_refuse_state)
+
+
+def _refuse_state(module: nn.Module, prefix: str, keep_vars: bool) -> NoReturn:
+    raise KtkUnsupportedError(
+        f"the weights of {prefix.rstrip('.')} are packed by ktk and no longer parameters, so that a saved copy "
+        "would lack them; save the model before ktk takes them, or copy the original checkpoint"
+    )
 
 
 def _take_over(name: str, module: nn.Module, options: Options, cpu: CPUInfer) -> Experts:
@@ -286,13 +294,6 @@ def _experts_forward(
         layer = _take_over("", self, options, _cpu_infer(options.threads))
     result: torch.Tensor = layer(hidden_states, top_k_index, top_k_weights)
     return result
-
-
-def _refuse_to_save(*arguments: Any, **keywords: Any) -> NoReturn:
-    raise KtkUnsupportedError(
-        "the experts of this model are packed by ktk and are no longer its parameters, so that a saved copy "
-        "would lack them; save the model before ktk takes them, or copy the original checkpoint"
-    )
 
 
 def attach(model: Any, options: Options | None = None, *, progress: Progress | None = None) -> Any:
@@ -339,7 +340,6 @@ def attach(model: Any, options: Options | None = None, *, progress: Progress | N
         if progress is not None:
             progress(done, len(modules))
     model.set_experts_implementation(IMPLEMENTATION)
-    model.save_pretrained = _refuse_to_save
     return model
 
 
@@ -477,7 +477,6 @@ def load_model(
         )
     if rest or not taken:
         attach(model, options, progress=progress)
-    model.save_pretrained = _refuse_to_save
     model.eval()
     return model
 
