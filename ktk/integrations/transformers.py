@@ -271,7 +271,7 @@ def _install(module: nn.Module, layer: Experts) -> None:
 
 def _refuse_state(module: nn.Module, prefix: str, keep_vars: bool) -> NoReturn:
     raise KtkUnsupportedError(
-        f"the weights of {prefix.rstrip('.')} are packed by ktk and no longer parameters, so that a saved copy "
+        f"the weights of {prefix.rstrip('.')} are packed by ktk and no longer parameters, so a saved copy "
         "would lack them; save the model before ktk takes them, or copy the original checkpoint"
     )
 
