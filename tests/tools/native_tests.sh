@@ -5,7 +5,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 build=$1
 sanitizers=${2:-none}
-options=(-Dnative_tests=true -Damx_emulation=false "-Db_sanitize=$sanitizers")
+options=(-Dnative_tests=true "-Db_sanitize=$sanitizers")
+# The tile kernels are worth a look at their addresses; compiling them again for the other runs is not.
+[[ $sanitizers == *address* ]] || options+=(-Damx_emulation=false)
 
 if [[ $sanitizers == none ]]; then
   echo "== C++ tests"
@@ -22,6 +24,7 @@ else
 fi
 
 if [[ ! -f $build/build.ninja ]]; then
+  mkdir -p "$(dirname "$build")"
   meson setup "$build" "${options[@]}" >"$build.log" 2>&1 || { cat "$build.log"; exit 1; }
 fi
 TSAN_OPTIONS=${TSAN_OPTIONS:-halt_on_error=1} \
