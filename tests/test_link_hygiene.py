@@ -16,17 +16,19 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "native" / "tools"))
 import check_objects
 
+pytestmark = pytest.mark.any_binding
+
 
 def build_folder() -> Path:
-    """A build with the archives of the instruction sets: KTK_BUILD_DIR, an editable install, or build*/."""
+    """A build with the archives of the instruction sets: KTK_BUILD_DIR, an editable install, or build/native."""
     named = os.environ.get("KTK_BUILD_DIR")
     if named:
         return Path(named)
-    candidates = [Path(ktk.get_library()).parent, *sorted(ROOT.glob("build*"))]
+    candidates = [Path(ktk.get_library()).parent, ROOT / "build" / "native"]
     for folder in candidates:
         if check_objects.isa_archives(folder):
             return folder.parent if folder.name == "native" else folder
-    pytest.skip("needs a build folder: set KTK_BUILD_DIR, or build with pip's -Cbuild-dir=build")
+    pytest.skip("needs a build folder: set KTK_BUILD_DIR, or build with pip's -Cbuild-dir=build/native")
 
 
 def test_archives_of_a_build_are_clean() -> None:
