@@ -20,14 +20,14 @@ pytestmark = pytest.mark.any_binding
 
 
 def build_folder() -> Path:
-    """A build with the archives of the instruction sets: KTK_BUILD_DIR, an editable install, or build/native."""
+    """A build with the archives of the instruction sets: KTK_BUILD_DIR, an editable install's, or make's."""
     named = os.environ.get("KTK_BUILD_DIR")
-    if named:
-        return Path(named)
-    candidates = [Path(ktk.get_library()).parent, ROOT / "build" / "native"]
+    candidates = (
+        [Path(named)] if named else [Path(ktk.get_library()).parent.parent, ROOT / "build" / "native"]
+    )
     for folder in candidates:
         if check_objects.isa_archives(folder):
-            return folder.parent if folder.name == "native" else folder
+            return folder
     pytest.skip("needs a build folder: set KTK_BUILD_DIR, or build with pip's -Cbuild-dir=build/native")
 
 
