@@ -593,7 +593,7 @@ class KTMoEWrapper:
         swiglu_alpha: float = 0.0,
         *,
         group_size: int | None = None,
-        asymmetric: bool = False,
+        asymmetric: bool | None = None,
         strict: bool = False,
         isa: str | None = None,
         cpu_infer: CPUInfer | None = None,

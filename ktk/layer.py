@@ -217,7 +217,7 @@ class Experts:
             max_tokens=config.max_tokens,
             format=config.format_code,
             group_size=config.groups,
-            asymmetric=config.asymmetric,
+            asymmetric=config.zero_points,
             strict=config.strict,
             swiglu_limit=config.swiglu_limit,
             swiglu_alpha=config.swiglu_alpha,

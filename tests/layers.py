@@ -30,6 +30,8 @@ FORMATS = (
     Format(_native.FORMAT_INT4, 32, True),
     Format(_native.FORMAT_INT4, 64, True),
     Format(_native.FORMAT_INT4, 128, True),
+    Format(_native.FORMAT_INT8, 32),
+    Format(_native.FORMAT_INT8, 128),
 )
 
 PLAIN = Activation()

@@ -99,10 +99,20 @@ def test_types_of_a_configuration(name: str, value: Any) -> None:
 @pytest.mark.parametrize("format", ["bf16", "int8"])
 def test_groups_where_there_are_none(format: str) -> None:
     with pytest.raises(KtkArgumentError, match="group_size"):
-        LayerConfig(**CONFIG, format=format, group_size=32)
+        LayerConfig(**CONFIG, format=format, group_size=32 if format == "bf16" else 16)
     with pytest.raises(KtkArgumentError, match="asymmetric"):
         LayerConfig(**CONFIG, format=format, asymmetric=True)
-    assert LayerConfig(**CONFIG, format=format).group_size == 0
+
+
+def test_defaults_of_the_formats() -> None:
+    chosen = {name: LayerConfig(**CONFIG, format=name) for name in FORMATS}
+    assert {name: (config.groups, config.zero_points) for name, config in chosen.items()} == {
+        "bf16": (0, False),
+        "int8": (128, False),
+        "int4": (32, True),
+    }
+    assert not LayerConfig(**CONFIG, format="int4", group_size=0).zero_points
+    assert not LayerConfig(**CONFIG, format="int4", asymmetric=False).zero_points
 
 
 def test_tables_of_formats_and_methods() -> None:
@@ -143,7 +153,7 @@ def test_tables_of_formats_and_methods() -> None:
         ({"gpu_experts_mask": torch.zeros(1, 4, dtype=torch.bool)}, "gpu_experts_mask"),
         ({"gpu_experts_mask": torch.zeros(4, dtype=torch.bool, device="meta")}, "gpu_experts_mask"),
         ({"swiglu_limit": -1.0}, "swiglu_limit"),
-        ({"group_size": 32}, "group_size"),
+        ({"group_size": 16}, "group_size"),
     ],
 )
 def test_arguments_of_the_factory(options: dict[str, Any], words: str) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ktk import _native, diagnostics, selftest
@@ -116,11 +117,22 @@ def test_it_needs_neither_pytorch_nor_the_command_line_packages(tmp_path: Path) 
 
 
 def test_self_test_finds_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(case: selftest.Case, w: selftest.F32) -> selftest.F32:
-        return w * 1.01
-
-    monkeypatch.setattr(selftest, "weights", wrong)
+    true = selftest.round_trip_int8
+    monkeypatch.setattr(selftest, "to_bf16", lambda x: x * np.float32(1.01))
+    monkeypatch.setattr(selftest, "round_trip_int8", lambda x, group: true(x, group) * np.float32(1.01))
     assert not any(outcome.passed for outcome in selftest.run(_native.isa_default()))
+
+
+def test_self_test_finds_weights_packed_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = selftest.stored_weights
+
+    def swapped(*arguments: Any) -> tuple[selftest.F32, selftest.F32, selftest.F32]:
+        gate, up, down = true(*arguments)
+        return up, gate, down
+
+    monkeypatch.setattr(selftest, "stored_weights", swapped)
+    outcomes = selftest.run(_native.isa_default())
+    assert not any(outcome.passed for outcome in outcomes)
 
 
 def test_differing_bits_of_integer_formats_fail(monkeypatch: pytest.MonkeyPatch) -> None:

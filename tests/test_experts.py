@@ -311,6 +311,27 @@ def test_default_threads() -> None:
     assert shared_cpu_infer().native_pool.thread_count >= 1
 
 
+@pytest.mark.parametrize(
+    ("format", "group_size", "most"),
+    [("bf16", None, 0.0025), ("int8", None, 0.02), ("int4", 32, 0.13), ("int4", 128, 0.17)],
+)
+def test_errors_of_gaussian_layers(format: str, group_size: int | None, most: float) -> None:
+    """What docs/numerics.md promises of each format: the relative L2 distance from the float32 layer."""
+    hidden, inner = 2048, 768
+    generator = torch.Generator().manual_seed(11)
+    gate, up = (torch.randn(1, inner, hidden, generator=generator).bfloat16() / hidden**0.5 for _ in range(2))
+    down = torch.randn(1, hidden, inner, generator=generator).bfloat16() / inner**0.5
+    x = torch.randn(8, hidden, generator=generator).bfloat16()
+    exact = (torch.nn.functional.silu(x.float() @ gate[0].float().T) * (x.float() @ up[0].float().T)) @ down[
+        0
+    ].float().T
+    with Experts.from_weights(
+        gate, up, down, num_experts_per_tok=1, format=format, group_size=group_size, threads=2
+    ) as experts:
+        result = experts(x.float(), torch.zeros(8, 1, dtype=torch.int64), torch.ones(8, 1))
+    assert 0 < (result - exact).norm() / exact.norm() <= most
+
+
 # ---- wrappers --------------------------------------------------------------------------------------
 
 

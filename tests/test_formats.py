@@ -19,7 +19,7 @@ from strategies import DTYPES, make_input, make_routing, make_weights, seeds, si
 
 GOLDEN = Path(__file__).parent / "golden"
 
-INT8, INT4_32, INT4_32Z = FORMATS[1], FORMATS[3], FORMATS[6]
+INT8, INT4_32, INT4_32Z, INT8_128 = FORMATS[1], FORMATS[3], FORMATS[6], FORMATS[10]
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_packing_again_replaces_the_expert(one_pool: _native.Pool) -> None:
         assert_parts_equal(layer.export(0), pack(second, INT4_32Z))
 
 
-@pytest.mark.parametrize("form", [FORMATS[0], INT8, FORMATS[2], INT4_32, INT4_32Z], ids=str)
+@pytest.mark.parametrize("form", [FORMATS[0], INT8, INT8_128, FORMATS[2], INT4_32, INT4_32Z], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("matrix", ["gate", "up", "down"])
 def test_weights_that_are_not_finite_are_refused(
@@ -193,7 +193,7 @@ def test_scales_that_would_overflow_are_refused(one_pool: _native.Pool) -> None:
         pass
 
 
-@pytest.mark.parametrize("form", [FORMATS[0], INT8, FORMATS[2], INT4_32, INT4_32Z], ids=str)
+@pytest.mark.parametrize("form", [FORMATS[0], INT8, INT8_128, FORMATS[2], INT4_32, INT4_32Z], ids=str)
 def test_parts_that_are_not_finite_are_refused(one_pool: _native.Pool, form: Format) -> None:
     weights = make_weights(np.random.default_rng(17), 70, 50, biases=True)
     parts = pack(weights, form)
@@ -211,17 +211,17 @@ def test_parts_that_are_not_finite_are_refused(one_pool: _native.Pool, form: For
         assert_parts_equal(layer.export(0), parts)
 
 
-def test_zero_points_past_fifteen_are_refused(one_pool: _native.Pool) -> None:
+def test_zero_points_past_the_last_code_are_refused(one_pool: _native.Pool) -> None:
     weights = make_weights(np.random.default_rng(21), 70, 50)
     with NativeLayer(one_pool, [weights], INT4_32Z) as layer:
         for name in ("gate_up_zero", "down_zero"):
             bad = pack(weights, INT4_32Z)[name]
-            bad[5] = 16
-            with pytest.raises(KtkArgumentError, match="16"):
+            bad[5] = 15 * 16 + 1
+            with pytest.raises(KtkArgumentError, match="241"):
                 layer.load(0, {name: bad})
 
 
-@pytest.mark.parametrize("form", [FORMATS[0], INT8, INT4_32Z], ids=str)
+@pytest.mark.parametrize("form", [FORMATS[0], INT8_128, INT4_32Z], ids=str)
 def test_wrong_arguments_of_parts(one_pool: _native.Pool, form: Format) -> None:
     weights = make_weights(np.random.default_rng(18), 70, 50)
     parts = pack(weights, form)
@@ -270,7 +270,7 @@ def test_a_partly_imported_expert_does_not_count_as_loaded(one_pool: _native.Poo
     [
         {"group_size": 48},
         {"group_size": -32},
-        {"group_size": 32, "format": _native.FORMAT_INT8},
+        {"group_size": 16, "format": _native.FORMAT_INT8},
         {"group_size": 32, "format": _native.FORMAT_BF16},
         {"asymmetric": True},
         {"asymmetric": True, "format": _native.FORMAT_INT8},

@@ -26,9 +26,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:NUMA node:RuntimeWarning")
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("bf16", {}),
     ("int8", {}),
+    ("int8", {"group_size": 0}),
     ("int4", {"group_size": 0}),
     ("int4", {"group_size": 32}),
-    ("int4", {"group_size": 64, "asymmetric": True}),
+    ("int4", {"group_size": 64, "asymmetric": False}),
 ]
 
 
@@ -70,7 +71,7 @@ def test_the_file_holds_the_documented_bytes(tmp_path: Path, format: str, option
         metadata = handle.metadata()
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
     assert metadata["format"] == "ktk"
-    assert metadata["ktk_layout_version"] == "1"
+    assert metadata["ktk_layout_version"] == "2"
     assert metadata["ktk_source"] == "somewhere"
     (layer,) = json.loads(metadata["ktk_layers"])
     assert layer == {
@@ -80,13 +81,13 @@ def test_the_file_holds_the_documented_bytes(tmp_path: Path, format: str, option
         "hidden_size": 70,
         "intermediate_size": 50,
         "format": format,
-        "group_size": options.get("group_size", 0),
-        "asymmetric": options.get("asymmetric", False),
+        "group_size": form_of(format, **options).group,
+        "asymmetric": form_of(format, **options).asymmetric,
         "swiglu_limit": 0.0,
         "swiglu_alpha": 0.0,
         "bias": True,
     }
-    form = form_of(format, options.get("group_size", 0), options.get("asymmetric", False))
+    form = form_of(format, **options)
     for index in range(4):
         for part, expected in pack(weights.expert(index), form).items():
             name = "layers.3.experts." + ".".join(part.rsplit("_", 1))
@@ -260,7 +261,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def set_version(header: dict[str, Any]) -> None:
-    header["__metadata__"]["ktk_layout_version"] = "2"
+    header["__metadata__"]["ktk_layout_version"] = "1"
 
 
 def set_layers(layers: Any) -> Callable[[dict[str, Any]], None]:
@@ -289,7 +290,7 @@ def add_tensor(header: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (set_version, "layout version 2"),
+        (set_version, "layout version 1, and this ktk reads version 2"),
         (set_layers("{"), "damaged description"),
         (set_layers([]), "no layers"),
         (set_layers([{"layer_idx": 2}]), "damaged description"),
@@ -297,7 +298,7 @@ def add_tensor(header: dict[str, Any]) -> None:
         (edit_layer(hidden_size=0), "damaged description"),
         (edit_layer(hidden_size=96), "contradicts itself"),
         (edit_layer(num_experts=5), "contradicts itself"),
-        (edit_layer(asymmetric=True), "contradicts itself"),
+        (edit_layer(asymmetric=False), "no layer accounts for"),
         (edit_layer(layer_idx=3), "contradicts itself"),
         (drop_tensor, "contradicts itself"),
         (add_tensor, "no layer accounts for"),
@@ -336,7 +337,7 @@ def test_scales_that_are_not_finite(packed: Path, value: float) -> None:
     [
         ({"format": "int8", "group_size": 0}, "format int4"),
         ({"group_size": 64}, "group_size 32"),
-        ({"asymmetric": True}, "asymmetric False"),
+        ({"asymmetric": False}, "asymmetric True"),
         ({"hidden_size": 64}, "hidden_size 80"),
         ({"intermediate_size": 64}, "intermediate_size 48"),
         ({"swiglu_limit": 1.0}, r"swiglu_limit 0\.0"),

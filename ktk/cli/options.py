@@ -40,7 +40,8 @@ Format = Annotated[WeightFormat, typer.Option("--format", help="Weight format of
 GroupSize = Annotated[
     int | None,
     typer.Option(
-        "--group-size", help="int4: input columns a scale, 32 (default), 64 or 128; 0: one scale a row."
+        "--group-size",
+        help="Input columns a scale, 32 (default of int4), 64 or 128 (default of int8); 0: one scale a row.",
     ),
 ]
 Threads = Annotated[

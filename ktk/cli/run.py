@@ -38,8 +38,13 @@ def run(
     format: shared.Format = shared.WeightFormat.int8,
     group_size: shared.GroupSize = None,
     asymmetric: Annotated[
-        bool, typer.Option("--asymmetric", help="int4 with groups: a zero point for each group.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--asymmetric/--symmetric",
+            help="int4 with groups: a zero point for each group, or none.",
+            show_default="asymmetric",
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 128,
     temperature: Annotated[
         float, typer.Option("--temperature", "-t", min=0.0, help="0: always the most likely token.")

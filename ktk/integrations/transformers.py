@@ -65,9 +65,10 @@ class Options:
     format : str, default "bf16"
         ``"bf16"``, ``"int8"`` or ``"int4"``.
     group_size : int, optional
-        int4: input columns a scale, 32 (default), 64 or 128; 0: one scale a row.
-    asymmetric : bool, default False
-        int4 with groups: one zero point a group.
+        int8, int4: input columns a scale, 32 (default of int4), 64 or 128 (default of int8); 0: one scale a
+        row.
+    asymmetric : bool, optional
+        int4 with groups: one zero point a group, unless False.
     strict : bool, default False
         One kernel family for all batch sizes.
     isa : str, optional
@@ -79,7 +80,7 @@ class Options:
 
     format: str = "bf16"
     group_size: int | None = None
-    asymmetric: bool = False
+    asymmetric: bool | None = None
     strict: bool = False
     isa: str | None = None
     threads: int | WorkerPoolConfig | CPUInfer | None = None

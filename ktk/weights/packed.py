@@ -36,7 +36,7 @@ __all__ = [
     "packed_path",
 ]
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """Version of the tensor names, tile layouts and metadata. A reader refuses any other."""
 
 _KIND = "ktk"
@@ -131,7 +131,7 @@ class PackedLayer:
             intermediate_size=config.intermediate_size,
             format=config.format,
             group_size=config.groups,
-            asymmetric=config.asymmetric,
+            asymmetric=config.zero_points,
             swiglu_limit=config.swiglu_limit,
             swiglu_alpha=config.swiglu_alpha,
             bias=bias,

@@ -48,7 +48,7 @@ typedef enum ktk_dtype { KTK_DTYPE_F32 = 0, KTK_DTYPE_BF16 = 1, KTK_DTYPE_F16 = 
 
 typedef enum ktk_format {
   KTK_FORMAT_BF16 = 0, /* bf16 weights, bf16 activations */
-  KTK_FORMAT_INT8 = 1, /* 8-bit weights with one scale a row, int8 activations */
+  KTK_FORMAT_INT8 = 1, /* 8-bit weights with one scale a group or a row, int8 activations */
   KTK_FORMAT_INT4 = 2  /* 4-bit weights with one scale a group or a row, int8 activations */
 } ktk_format;
 
@@ -130,7 +130,7 @@ typedef struct ktk_moe_config {
   int32_t intermediate_size; /* I */
   int32_t max_tokens;        /* most tokens in one forward */
   int32_t format;            /* ktk_format */
-  int32_t group_size;        /* INT4: 32, 64 or 128 input columns a scale, 0: one scale a row; else 0 */
+  int32_t group_size;        /* INT8, INT4: 32, 64 or 128 input columns a scale, 0: one scale a row; else 0 */
   int32_t asymmetric;        /* INT4 with groups: non-zero for one zero point a group */
   int32_t strict;            /* non-zero: one kernel family, so bits do not depend on the batch size */
   float swiglu_limit;        /* > 0: gate at most limit, up within +-limit, before the activation */

@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 FORMATS = (
     Format(0),
     Format(1),
+    *(Format(1, group) for group in (32, 128)),
     Format(2),
     *(Format(2, group, asymmetric) for asymmetric in (False, True) for group in (32, 64, 128)),
 )

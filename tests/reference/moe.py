@@ -65,6 +65,16 @@ def _values(matrix: QuantisedMatrix | F32Array) -> F64Array:
     return matrix.values() if isinstance(matrix, QuantisedMatrix) else matrix.astype(np.float64)
 
 
+def _quantised_groups(values: F32Array, group: int) -> tuple[npt.NDArray[np.int8], F32Array]:
+    """Integers (rows, n) and scales (rows, groups)."""
+    slices = groups_of(values.shape[1], group)
+    q = np.zeros(values.shape, np.int8)
+    scale = np.zeros((values.shape[0], len(slices)), np.float32)
+    for index, part in enumerate(slices):
+        q[:, part], scale[:, index] = quantise_symmetric8(values[:, part])
+    return q, scale
+
+
 def shards_of(intermediate_size: int, count: int) -> list[slice]:
     """Columns of the intermediate that each NUMA shard owns: whole blocks of 128, the first take the rest."""
     blocks = -(-intermediate_size // Z_GROUP)
@@ -228,10 +238,21 @@ class Layer:
         q = self._steps(values, amax)
         return q * self._scale(amax), q
 
+    @property
+    def input_group(self) -> int:
+        """Columns of the input that share a scale; 0 where weights have one a row, and so has the input."""
+        return Z_GROUP if self.form.group else 0
+
+    def _quantised_input(self, x: Array) -> tuple[npt.NDArray[np.int8], F32Array]:
+        """Integers (B, H) and scales (B, groups)."""
+        return _quantised_groups(to_f32(x), self.input_group)
+
     def _input(self, x: Array) -> Bounded:
         if self.form.integer:
-            q, scale = quantise_symmetric8(to_f32(x))
-            value = q.astype(np.float64) * scale.astype(np.float64)[:, None]
+            q, scale = self._quantised_input(x)
+            value = q.astype(np.float64)
+            for index, part in enumerate(groups_of(x.shape[1], self.input_group)):
+                value[:, part] *= scale[:, index : index + 1].astype(np.float64)
         else:
             value = round_bf16(x).astype(np.float64)
         return Bounded(value, np.zeros_like(value))
@@ -267,8 +288,8 @@ class Layer:
         for expert_id, where, slot in self.contributions(ids):
             expert = self.experts[expert_id]
             part = Bounded(quantised.value[where], quantised.error[where])
-            gate = self._matmul(part, expert.gate, expert.gate_bias)
-            up = self._matmul(part, expert.up, expert.up_bias)
+            gate = self._matmul(part, expert.gate, expert.gate_bias, self.input_group)
+            up = self._matmul(part, expert.up, expert.up_bias, self.input_group)
             z = self._requantise(self.activate(gate, up))
             y = self._matmul(z, expert.down, expert.down_bias, Z_GROUP)
             w = weights[where, slot].astype(np.float64)[:, None]
@@ -296,7 +317,7 @@ class Layer:
         columns: slice,
     ) -> F32Array:
         """fp32 sums over the segments of `columns` in ascending order, before the bias."""
-        weight = matrix.centred().astype(np.float64)
+        weight = matrix.centred()
         total = np.zeros((q.shape[0], weight.shape[0]), np.float32)
         for part in segments_of(columns, matrix.group, scale_group):
             exact = q[:, part].astype(np.float64) @ weight[:, part].T
@@ -335,20 +356,17 @@ class Layer:
         rows = x.shape[0]
         cuts = shards_of(self.intermediate_size, shards)
         partial = np.zeros((shards, rows, self.hidden_size), np.float32)
-        q, scale = quantise_symmetric8(to_f32(x))
+        q, scale = self._quantised_input(x)
         every = slice(0, self.hidden_size)
         for expert_id, where, slot in self.contributions(ids):
             expert = self.experts[expert_id]
             assert isinstance(expert.gate, QuantisedMatrix) and isinstance(expert.up, QuantisedMatrix)
             assert isinstance(expert.down, QuantisedMatrix)
-            row_scale = scale[where][:, None]
-            gate = self._integer_matmul(q[where], row_scale, 0, expert.gate, every) + expert.gate_bias
-            up = self._integer_matmul(q[where], row_scale, 0, expert.up, every) + expert.up_bias
-            z = activate(gate, up, self.activation)
-            zq = np.zeros(z.shape, np.int8)
-            z_scale = np.zeros((z.shape[0], -(-z.shape[1] // Z_GROUP)), np.float32)
-            for index, part in enumerate(groups_of(z.shape[1], Z_GROUP)):
-                zq[:, part], z_scale[:, index] = quantise_symmetric8(z[:, part])
+            gate, up = (
+                self._integer_matmul(q[where], scale[where], self.input_group, matrix, every) + bias
+                for matrix, bias in ((expert.gate, expert.gate_bias), (expert.up, expert.up_bias))
+            )
+            zq, z_scale = _quantised_groups(activate(gate, up, self.activation), Z_GROUP)
             for shard, columns in enumerate(cuts):
                 y = self._integer_matmul(zq, z_scale, Z_GROUP, expert.down, columns)
                 if shard == 0:

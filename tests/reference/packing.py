@@ -38,7 +38,7 @@ class Format:
     kind : int
         FORMAT_BF16, FORMAT_INT8 or FORMAT_INT4.
     group : int
-        INT4: input columns a scale covers, 0 for the whole row; 0 otherwise.
+        INT8, INT4: input columns a scale covers, 0 for the whole row; 0 otherwise.
     asymmetric : bool
         INT4 with groups: one zero point a group.
     """
@@ -61,7 +61,7 @@ class Format:
         if self.kind == FORMAT_BF16:
             return "bf16"
         if self.kind == FORMAT_INT8:
-            return "int8"
+            return f"int8-{self.group or 'row'}"
         return f"int4{'z' if self.asymmetric else ''}-{self.group or 'row'}"
 
     def quantise(self, weights: Array) -> QuantisedMatrix | F32Array:
@@ -69,7 +69,7 @@ class Format:
         if self.kind == FORMAT_BF16:
             return round_bf16(weights)
         if self.kind == FORMAT_INT8:
-            return quantise_int8(to_f32(weights))
+            return quantise_int8(to_f32(weights), self.group)
         return quantise_int4(to_f32(weights), self.group, self.asymmetric)
 
 
@@ -126,7 +126,7 @@ def pack_weight(matrix: QuantisedMatrix | F32Array, form: Format) -> U8Array:
     stored = _padded(stored, _round_up(rows, TILE_ROWS), _round_up(columns, k_step), offset)
     if form.asymmetric:
         last = matrix.q.shape[1]
-        stored[:rows, last:] = matrix.zero[:, -1:].astype(np.uint8)
+        stored[:rows, last:] = np.rint(matrix.zero[:, -1:] / 16).astype(np.uint8)
     blocks = stored.reshape(stored.shape[0] // 16, 16, stored.shape[1] // 64, 64)
     if form.kind == FORMAT_INT8:
         quads = blocks.reshape(*blocks.shape[:3], 16, 4)

@@ -61,7 +61,7 @@ class QuantisedMatrix:
         0 .. 15 (INT4 asymmetric).
     scale : ndarray of float32, shape (rows, groups)
     zero : ndarray of int16, shape (rows, groups)
-        Zero points, 0 for the symmetric formats.
+        Zero points in sixteenths, 0 for the symmetric formats.
     group : int
         Columns a scale covers, 0 for the whole row.
     """
@@ -71,57 +71,105 @@ class QuantisedMatrix:
     zero: npt.NDArray[np.int16]
     group: int
 
-    def centred(self) -> npt.NDArray[np.int16]:
-        """Integers with the zero point taken off, shape (rows, columns)."""
-        out = self.q.copy()
+    def centred(self) -> npt.NDArray[np.float64]:
+        """Integers with the zero point taken off, exact, shape (rows, columns)."""
+        out = self.q.astype(np.float64)
         for index, columns in enumerate(groups_of(self.q.shape[1], self.group)):
-            out[:, columns] -= self.zero[:, index : index + 1]
+            out[:, columns] -= self.zero[:, index : index + 1] / 16
         return out
 
     def values(self) -> npt.NDArray[np.float64]:
         """Exact values that the integers stand for, shape (rows, columns)."""
-        out = self.centred().astype(np.float64)
+        out = self.centred()
         for index, columns in enumerate(groups_of(self.q.shape[1], self.group)):
             out[:, columns] *= self.scale[:, index : index + 1].astype(np.float64)
         return out
 
 
-def quantise_int8(weights: F32Array) -> QuantisedMatrix:
-    """INT8 weights: one scale a row."""
-    q, scale = quantise_symmetric8(weights)
-    zero = np.zeros((weights.shape[0], 1), np.int16)
-    return QuantisedMatrix(q.astype(np.int16), scale[:, None], zero, 0)
+def quantise_int8(weights: F32Array, group: int) -> QuantisedMatrix:
+    """INT8 weights: bf16 scales for groups of `group` columns, or one fp32 scale a row when `group` is 0."""
+    rows, columns = weights.shape
+    zero = np.zeros((rows, len(groups_of(columns, group))), np.int16)
+    if group == 0:
+        q, scale = quantise_symmetric8(weights)
+        return QuantisedMatrix(q.astype(np.int16), scale[:, None], zero, 0)
+    whole = np.zeros((rows, columns), np.int16)
+    scales = np.zeros(zero.shape, np.float32)
+    for index, part in enumerate(groups_of(columns, group)):
+        scale = round_bf16(quantise_symmetric8(weights[:, part])[1])
+        scaled = weights[:, part] * _inverse(scale)[:, None]
+        whole[:, part] = np.clip(np.rint(scaled), -127, 127).astype(np.int16)
+        scales[:, index] = scale
+    return QuantisedMatrix(whole, scales, zero, group)
 
 
-def _int4_symmetric_block(block: F32Array, per_row: bool) -> tuple[npt.NDArray[np.int16], F32Array]:
-    """Quantise (rows, n) with one scale a row of the block."""
-    magnitude = np.abs(block)
-    extreme = np.take_along_axis(block, np.argmax(magnitude, axis=1)[:, None], axis=1)[:, 0]
-    scale = extreme / np.float32(-8)
-    if not per_row:
-        scale = round_bf16(scale)
-    usable = np.abs(extreme) >= TINY
-    scale = np.where(usable, scale, np.float32(0))
-    inverse = np.float32(1) / np.where(usable, scale, np.float32(1))
-    q = np.clip(np.rint(block * inverse[:, None]), -8, 7)
-    return np.where(usable[:, None], q, 0).astype(np.int16), scale.astype(np.float32)
+def _inverse(scale: F32Array) -> F32Array:
+    """1 / scale in fp32, and 0 for 0."""
+    return np.where(scale == 0, np.float32(0), np.float32(1) / np.where(scale == 0, np.float32(1), scale))
 
 
-def _int4_asymmetric_block(
-    block: F32Array,
+def _codes(block: F32Array, scale: F32Array, zero: F32Array, lowest: int) -> F32Array:
+    """Codes lowest .. lowest + 15 of (rows, n); `zero` in sixteenths."""
+    scaled = block * _inverse(scale)[:, None] + (zero * np.float32(0.0625))[:, None]
+    return np.rint(np.clip(scaled, np.float32(lowest), np.float32(lowest + 15))).astype(np.float32)
+
+
+def _zero_point(level: F32Array, value: F32Array, inverse: F32Array) -> F32Array:
+    """Sixteenths, 0 .. 240, that put code `level` at `value`."""
+    return np.clip(np.rint((level - value * inverse) * np.float32(16)), 0, 240).astype(np.float32)
+
+
+def _summed(values: F32Array) -> F32Array:
+    """Sum over the last axis, in fp32 and in ascending order."""
+    total = np.zeros(values.shape[0], np.float32)
+    for column in range(values.shape[1]):
+        total = total + values[:, column]
+    return total
+
+
+def _fit_int4_group(
+    block: F32Array, group: int, asymmetric: bool
 ) -> tuple[npt.NDArray[np.int16], F32Array, npt.NDArray[np.int16]]:
-    """Quantise (rows, n) with one scale and one zero point a row of the block."""
-    low = np.minimum(np.float32(0), block.min(axis=1))
-    high = np.maximum(np.float32(0), block.max(axis=1))
-    with np.errstate(over="ignore"):
-        spread = high - low
-    usable = np.abs(block).max(axis=1) >= TINY
-    scale = np.where(usable, round_bf16(spread / np.float32(15)), np.float32(0)).astype(np.float32)
-    inverse = np.float32(1) / np.where(usable, scale, np.float32(1))
-    zero = np.clip(np.rint(-low * inverse), 0, 15)
-    q = np.clip(np.rint(block * inverse[:, None]) + zero[:, None], 0, 15)
-    zero = np.where(usable, zero, 0).astype(np.int16)
-    return np.where(usable[:, None], q, 0).astype(np.int16), scale, zero
+    """Codes, scale and zero point (rows, n), (rows,), (rows,) by alternating least squares."""
+    count = np.float32(block.shape[1])
+    lowest = 0 if asymmetric else -8
+    low = np.minimum(block.min(axis=1), np.float32(0))
+    high = np.maximum(block.max(axis=1), np.float32(0))
+    extreme = np.where(high > -low, high, low)
+    with np.errstate(all="ignore"):
+        spread = (high - low) / np.float32(15) if asymmetric else extreme / np.float32(-8)
+        start = spread * np.float32(1 if group == 32 else 0.953125)
+        start = np.where(np.abs(extreme) < TINY, np.float32(0), start).astype(np.float32)
+        scale = round_bf16(start)
+        zero = np.zeros_like(scale)
+        if asymmetric:
+            middle = (low + high) * np.float32(0.5)
+            zero = np.where(scale == 0, zero, _zero_point(np.float32(7.5), middle, _inverse(scale)))
+        value_sum = _summed(block)
+        for _ in range(3):
+            q = _codes(block, scale, zero, lowest)
+            codes, squares, products = _summed(q), _summed(q * q), _summed(block * q)
+            if asymmetric:
+                covariance = count * products - codes * value_sum
+                variance = count * squares - codes * codes
+            else:
+                covariance, variance = products, squares
+            fitted = np.where(variance > 0, covariance / np.where(variance > 0, variance, 1), 0)
+            fitted = round_bf16(fitted.astype(np.float32))
+            ratio = fitted * _inverse(scale)
+            sound = (ratio > 0.25) & (ratio < 4)
+            scale = np.where(sound, fitted, scale)
+            if asymmetric:
+                moved = _zero_point(codes / count, value_sum / count, _inverse(scale))
+                zero = np.where(sound, moved, zero)
+    return _codes(block, scale, zero, lowest).astype(np.int16), scale, zero.astype(np.int16)
+
+
+def _int4_rows(block: F32Array) -> tuple[npt.NDArray[np.int16], F32Array]:
+    """Quantise with one fp32 scale a row."""
+    extreme = np.take_along_axis(block, np.argmax(np.abs(block), axis=1)[:, None], axis=1)[:, 0]
+    scale = np.where(np.abs(extreme) >= TINY, extreme / np.float32(-8), np.float32(0)).astype(np.float32)
+    return _codes(block, scale, np.zeros_like(scale), -8).astype(np.int16), scale
 
 
 def quantise_int4(weights: F32Array, group: int, asymmetric: bool) -> QuantisedMatrix:
@@ -134,8 +182,9 @@ def quantise_int4(weights: F32Array, group: int, asymmetric: bool) -> QuantisedM
     scale = np.zeros((rows, len(slices)), np.float32)
     zero = np.zeros((rows, len(slices)), np.int16)
     for index, part in enumerate(slices):
-        if asymmetric:
-            q[:, part], scale[:, index], zero[:, index] = _int4_asymmetric_block(weights[:, part])
+        if group == 0:
+            q[:, part], scale[:, index] = _int4_rows(weights[:, part])
         else:
-            q[:, part], scale[:, index] = _int4_symmetric_block(weights[:, part], group == 0)
+            block = weights[:, part]
+            q[:, part], scale[:, index], zero[:, index] = _fit_int4_group(block, group, asymmetric)
     return QuantisedMatrix(q, scale, zero, group)

@@ -13,11 +13,12 @@
 
 namespace ktk {
 
-constexpr int kPanelColumns = 16;        // output neurons of one panel: a tile's columns, a vector's lanes
-constexpr int kBlockRows = 16;           // rows of one block of activations: a tile's rows
-constexpr int kStepBytes = 64;           // bytes of K that one step advances each row
-constexpr int kIntermediateGroup = 128;  // columns of the intermediate that share one activation scale
-constexpr int kPassRows = 512;           // most rows of one pass over weight panels (see kernels/expert.h)
+constexpr int kPanelColumns = 16;      // output neurons of one panel: a tile's columns, a vector's lanes
+constexpr int kBlockRows = 16;         // rows of one block of activations: a tile's rows
+constexpr int kStepBytes = 64;         // bytes of K that one step advances each row
+constexpr int kActivationGroup = 128;  // columns of a row of activations that share a scale, where they do
+constexpr int kIntermediateGroup = kActivationGroup;  // columns of the intermediate made by one unit of work
+constexpr int kPassRows = 512;  // most rows of one pass over weight panels (see kernels/expert.h)
 
 // One projection as the kernels see it: K is cut into steps, and steps into segments, within which
 // integer products share one weight scale and one activation scale.

@@ -76,9 +76,13 @@ ExpertStore::ExpertStore(const ktk_moe_config &config, const FormatKernels &kern
       intermediate_size_(config.intermediate_size),
       present_(static_cast<size_t>(config.num_experts)) {
   const bool asymmetric = config.asymmetric != 0;
-  const auto gate_up = [&] { return make_gemm(kernels, hidden_size_, config.group_size, asymmetric, 0); };
+  // Where weights have a scale a row, so has the input: its products are one segment.
+  const int32_t input_group = config.group_size > 0 ? kActivationGroup : 0;
+  const auto gate_up = [&] {
+    return make_gemm(kernels, hidden_size_, config.group_size, asymmetric, input_group);
+  };
   const auto down = [&](int32_t depth) {
-    return make_gemm(kernels, depth, config.group_size, asymmetric, kIntermediateGroup);
+    return make_gemm(kernels, depth, config.group_size, asymmetric, kActivationGroup);
   };
   gate_up_ = gate_up();
   down_ = down(intermediate_size_);
@@ -187,16 +191,16 @@ void ExpertStore::check_values(int32_t expert, ktk_part part, const void *buffer
   if (part == KTK_PART_GATE_UP_WEIGHT || part == KTK_PART_DOWN_WEIGHT) return;
   if (part == KTK_PART_GATE_UP_ZERO || part == KTK_PART_DOWN_ZERO) {
     for (size_t i = 0; i < bytes; i++) {
-      require(static_cast<const uint8_t *>(buffer)[i] <= 15, "layer ", layer_index_, ", expert ", expert,
+      require(static_cast<const uint8_t *>(buffer)[i] <= 15 * 16, "layer ", layer_index_, ", expert ", expert,
               ": ", kPartNames[part], " ", int{static_cast<const uint8_t *>(buffer)[i]},
-              " is not in 0 to 15; the packed weights are damaged");
+              " is not in 0 to 240; the packed weights are damaged");
     }
     return;
   }
   const bool is_scale = part == KTK_PART_GATE_UP_SCALE || part == KTK_PART_DOWN_SCALE;
   const int64_t width = is_scale ? scale_bytes(gate_up_) : 4;
   require(all_finite(buffer, static_cast<int64_t>(bytes) / width, width), "layer ", layer_index_, ", expert ",
-          expert, ": the ", kPartNames[part], " holds NaN or infinity; the packed weights are damaged");
+          expert, ": the ", kPartNames[part], " holds NaN or infinity; check where it comes from");
 }
 
 void ExpertStore::export_part(int32_t expert, ktk_part part, void *buffer, size_t bytes) const {

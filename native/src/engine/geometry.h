@@ -10,7 +10,7 @@
 
 namespace ktk {
 
-// `row_group_columns` 0: one activation scale for the whole row.
+// `row_group_columns`: columns that share an activation scale; 0: one for the whole row.
 Gemm make_gemm(const FormatKernels &kernels, int32_t depth, int32_t group_size, bool asymmetric,
                int32_t row_group_columns);
 

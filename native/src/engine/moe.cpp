@@ -38,12 +38,12 @@ ktk_moe_config checked(const ktk_moe_config &config) {
           INT32_MAX);
   require(config.format >= KTK_FORMAT_BF16 && config.format <= KTK_FORMAT_INT4, "layer ", config.layer_index,
           ": format ", config.format, " is unknown; use 0 (bf16), 1 (int8) or 2 (int4)");
-  const bool int4 = config.format == KTK_FORMAT_INT4;
+  const bool integer = config.format != KTK_FORMAT_BF16;
   const int32_t group = config.group_size;
-  require(group == 0 || (int4 && (group == 32 || group == 64 || group == 128)), "layer ", config.layer_index,
-          ": group_size ", group,
-          " is not supported; int4 takes 32, 64, 128 or 0 (one scale a row), others take 0");
-  require(!config.asymmetric || (int4 && group > 0), "layer ", config.layer_index,
+  require(group == 0 || (integer && (group == 32 || group == 64 || group == 128)), "layer ",
+          config.layer_index, ": group_size ", group,
+          " is not supported; int8 and int4 take 32, 64, 128 or 0 (one scale a row), bf16 takes 0");
+  require(!config.asymmetric || (config.format == KTK_FORMAT_INT4 && group > 0), "layer ", config.layer_index,
           ": asymmetric needs format int4 with a group_size of 32, 64 or 128");
   require(config.swiglu_limit >= 0 && config.swiglu_alpha >= 0, "layer ", config.layer_index,
           ": swiglu_limit and swiglu_alpha must not be negative or NaN, got ", config.swiglu_limit, " and ",
@@ -211,7 +211,7 @@ void Moe::gather(Batch &batch) const {
              kInlineBlocks, [&](int64_t unit) {
                const Block block = blocks[static_cast<size_t>(unit)];
                const Rows to = {batch.by_row.data + int64_t{block.row} * gemm.steps * kStepBytes,
-                                batch.by_row.scale + block.row,
+                                batch.by_row.scale + int64_t{block.row} * gemm.row_groups,
                                 batch.by_row.sum + int64_t{block.row} * gemm.segments};
                const GatherArgs args = {&gemm, batch.by_token, batch.route.tokens.data() + block.row,
                                         block.count, to};

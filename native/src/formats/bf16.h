@@ -45,7 +45,8 @@ struct Bf16 {
           Ops::store_bf16(values, load_values<Ops>(args->rows[n], args->dtype, args->first_column + i, last));
         }
         uint8_t *tile = args->tiles + i / kStepColumns * args->step_stride_bytes;
-        scatter_quads((const uint8_t *)values, 8, tile, n, (int)(i % kStepColumns) / 2);
+        for (int pair = 0; pair < 8; pair++)
+          __builtin_memcpy(tile + (i % kStepColumns / 2 + pair) * 64 + n * 4, values + 2 * pair, 4);
       }
     }
     return 0;

@@ -18,9 +18,67 @@
 #include "kernels/inline.h"
 #include "kernels/rows.h"
 
-// Where a 16-column vector of packed values lands in a tile whose rows hold 4 bytes of each neuron: one
-// 4-byte piece a tile row.
-KTK_INLINE void scatter_quads(const uint8_t *bytes, int count, uint8_t *tile, int neuron, int first_row) {
-  for (int q = 0; q < count; q++)
-    __builtin_memcpy(tile + (first_row + q) * 64 + neuron * 4, bytes + 4 * q, 4);
+// Packing sees a panel as vectors of its 16 output rows, one for each input column: scales and zero points
+// are then vectors too, and 4 columns of codes are one line of a tile.
+
+constexpr int kPackColumns = 128;  // columns packed at a time: a multiple of every group and step
+
+// 16 columns of a panel from `column` of the shard on, [column][16 rows]; zero past the end and in rows that
+// do not exist.
+template <class Ops>
+KTK_INLINE void load_columns(const PackArgs *args, int64_t column, float *columns) {
+  float rows[kPanelColumns][16];
+  const int64_t last = args->first_column + args->gemm->depth;
+  for (int n = 0; n < kPanelColumns; n++) {
+    const bool exists = args->rows[n] != nullptr && column < args->gemm->depth;
+    Ops::store_f(rows[n],
+                 exists ? load_values<Ops>(args->rows[n], args->dtype, args->first_column + column, last)
+                        : Ops::zero_f());
+  }
+  Ops::transpose(rows, columns);
+}
+
+// The largest magnitude of each row of a panel, over all of the unsharded row, as fp32 bits. Returns the
+// largest of them.
+template <class Ops>
+KTK_INLINE int32_t panel_magnitudes(const PackArgs *args, int32_t *magnitudes) {
+  int32_t largest = 0;
+  for (int n = 0; n < kPanelColumns; n++) {
+    magnitudes[n] = args->rows[n] == nullptr
+                        ? 0
+                        : largest_magnitude_bits<Ops>(args->rows[n], args->dtype, 0, args->full_depth);
+    largest = magnitudes[n] > largest ? magnitudes[n] : largest;
+  }
+  return largest;
+}
+
+KTK_INLINE void store_row_scales(const PackArgs *args, const float *scale) {
+  __builtin_memcpy(args->scale, scale, kPanelColumns * 4);
+}
+
+// Scales of a group that bf16 holds exactly.
+KTK_INLINE void store_group_scales(const PackArgs *args, int64_t group, const float *scale) {
+  for (int n = 0; n < kPanelColumns; n++) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, scale + n, 4);
+    const uint16_t half = (uint16_t)(bits >> 16);
+    __builtin_memcpy(args->scale + (group * args->group_stride + n) * 2, &half, 2);
+  }
+}
+
+template <class Ops>
+KTK_INLINE typename Ops::F rounded_to_bf16(typename Ops::F v) {
+  uint16_t halves[16];
+  Ops::store_bf16(halves, v);
+  return Ops::load_bf16(halves);
+}
+
+// One line of a tile from 4 columns of codes 0 .. 255.
+template <class Ops>
+KTK_INLINE typename Ops::I tile_line(const typename Ops::I *codes) {
+  typename Ops::I line = codes[3];
+  for (int i = 2; i >= 0; i--) {
+    line = Ops::add_i(Ops::shift_left_4(Ops::shift_left_4(line)), codes[i]);
+  }
+  return line;
 }

@@ -5,7 +5,11 @@
 // column 4r + i and the high nibble column 32 + 4r + i. One load, one mask and one shift give two operand
 // registers, and each nibble of a tile belongs to one group of 32.
 //
-// Symmetric: the value of largest magnitude becomes exactly -8, so that all 16 codes are used.
+// Zero points count sixteenths of a step. A whole one would have to lie on the grid that it places, which
+// costs accuracy; with sixteenths, sums stay integers (kernels/product.h).
+//
+// Scales and zero points of groups are fitted by least squares: alternately codes for the scale, and the
+// scale for the codes.
 #pragma once
 
 #include "formats/format.h"
@@ -49,93 +53,166 @@ struct Int4 {
     return scratch;
   }
 
-  struct Group {
-    float scale, inverse;
-    int32_t zero;
+  static constexpr int kFitRounds = 3;
+  // The whole range of a group, or for large groups a little less: their ends hold few weights.
+  KTK_INLINE float first_share(int group_columns) { return group_columns == 32 ? 1.0f : 0.953125f; }
+
+  // The parameters of a group for the 16 rows of a panel.
+  struct Fit {
+    float scale[kPanelColumns], inverse[kPanelColumns];
+    float zero[kPanelColumns];  // in sixteenths
+
+    KTK_MEMBER void set(int n, float value) {
+      scale[n] = value;
+      inverse[n] = value == 0.0f ? 0.0f : 1.0f / value;
+    }
   };
 
   template <class Ops>
-  KTK_INLINE float round_to_bf16(float value) {
-    uint16_t halves[16];
-    Ops::store_bf16(halves, Ops::set1_f(value));
-    return float_of_bits((int32_t)((uint32_t)halves[0] << 16));
+  KTK_INLINE typename Ops::F code(const Fit &fit, typename Ops::F values, float lowest) {
+    const typename Ops::F zero = Ops::mul(Ops::load_f(fit.zero), Ops::set1_f(0.0625f));
+    const typename Ops::F scaled = Ops::add(Ops::mul(values, Ops::load_f(fit.inverse)), zero);
+    const typename Ops::F most = Ops::set1_f(lowest + 15.0f), least = Ops::set1_f(lowest);
+    return Ops::from_i(Ops::round_i(Ops::min(most, Ops::max(least, scaled))));
   }
 
-  // The scale and zero point of values [first, last) of a row. Their magnitudes are finite.
+  // The zero point that puts `level`, a code or a mean of codes, at `value`.
+  KTK_INLINE float zero_sixteenths(float level, float value, float inverse) {
+    const float zero = __builtin_rintf((level - value * inverse) * 16.0f);
+    return zero < 0.0f ? 0.0f : zero > 240.0f ? 240.0f : zero;
+  }
+
+  // Fits a group of `count` columns. Returns 1 when a scale would not be finite.
   template <class Ops>
-  KTK_INLINE Group group_of(const PackArgs *args, const void *row, int64_t first, int64_t last) {
-    float low = 0.0f, high = 0.0f, extreme = 0.0f;
-    for (int64_t i = first; i < last; i += 16) {
-      float values[16];
-      Ops::store_f(values, load_values<Ops>(row, args->dtype, i, last));
-      for (int n = 0; n < 16; n++) {
-        low = values[n] < low ? values[n] : low;
-        high = values[n] > high ? values[n] : high;
-        extreme = __builtin_fabsf(values[n]) > __builtin_fabsf(extreme) ? values[n] : extreme;
+  KTK_INLINE int32_t fit_group(const float *columns, int count, int group_columns, bool asymmetric,
+                               Fit &fit) {
+    typedef typename Ops::F F;
+    F low_values = Ops::zero_f(), high_values = Ops::zero_f(), value_sums = Ops::zero_f();
+    for (int c = 0; c < count; c++) {
+      const F value = Ops::load_f(columns + c * kPanelColumns);
+      low_values = Ops::min(low_values, value);
+      high_values = Ops::max(high_values, value);
+      value_sums = Ops::add(value_sums, value);
+    }
+    float low[kPanelColumns], high[kPanelColumns], value_sum[kPanelColumns], start[kPanelColumns];
+    Ops::store_f(low, low_values);
+    Ops::store_f(high, high_values);
+    Ops::store_f(value_sum, value_sums);
+    const float share = first_share(group_columns);
+    for (int n = 0; n < kPanelColumns; n++) {
+      // Symmetric: the end of larger magnitude lies at code -8, of which there is no positive counterpart.
+      const float extreme = high[n] > -low[n] ? high[n] : low[n];
+      start[n] = (asymmetric ? (high[n] - low[n]) / 15.0f : extreme / -8.0f) * share;
+      if (__builtin_fabsf(extreme) < float_of_bits(kNegligibleBits)) start[n] = 0.0f;
+    }
+    Ops::store_f(start, rounded_to_bf16<Ops>(Ops::load_f(start)));
+    for (int n = 0; n < kPanelColumns; n++) {
+      if (magnitude_bits(start[n]) >= kInfinityBits) return 1;
+      fit.set(n, start[n]);
+      fit.zero[n] = 0.0f;
+      if (asymmetric && start[n] != 0.0f)
+        fit.zero[n] = zero_sixteenths(7.5f, (low[n] + high[n]) * 0.5f, fit.inverse[n]);
+    }
+
+    for (int round = 0; round < kFitRounds; round++) {
+      F codes = Ops::zero_f(), squares = Ops::zero_f(), products = Ops::zero_f();
+      for (int c = 0; c < count; c++) {
+        const F value = Ops::load_f(columns + c * kPanelColumns);
+        const F q = code<Ops>(fit, value, asymmetric ? 0.0f : -8.0f);
+        codes = Ops::add(codes, q);
+        squares = Ops::add(squares, Ops::mul(q, q));
+        products = Ops::add(products, Ops::mul(value, q));
+      }
+      float code_sum[kPanelColumns], square_sum[kPanelColumns], product_sum[kPanelColumns];
+      float fitted[kPanelColumns];
+      Ops::store_f(code_sum, codes);
+      Ops::store_f(square_sum, squares);
+      Ops::store_f(product_sum, products);
+      const float n_values = (float)count;
+      for (int n = 0; n < kPanelColumns; n++) {
+        const float covariance =
+            asymmetric ? n_values * product_sum[n] - code_sum[n] * value_sum[n] : product_sum[n];
+        const float variance =
+            asymmetric ? n_values * square_sum[n] - code_sum[n] * code_sum[n] : square_sum[n];
+        fitted[n] = variance > 0.0f ? covariance / variance : 0.0f;
+      }
+      Ops::store_f(fitted, rounded_to_bf16<Ops>(Ops::load_f(fitted)));
+      for (int n = 0; n < kPanelColumns; n++) {
+        // Sums that cancel or overflow give no sound fit: the scale stays.
+        const float ratio = fitted[n] * fit.inverse[n];
+        if (!(ratio > 0.25f && ratio < 4.0f)) continue;
+        fit.set(n, fitted[n]);
+        if (asymmetric)
+          fit.zero[n] = zero_sixteenths(code_sum[n] / n_values, value_sum[n] / n_values, fit.inverse[n]);
       }
     }
-    const bool asymmetric = args->gemm->asymmetric != 0;
-    float scale = asymmetric ? (high - low) / 15.0f : extreme / -8.0f;
-    if (__builtin_fabsf(extreme) < float_of_bits(kNegligibleBits)) scale = 0.0f;
-    if (args->gemm->scale_is_bf16) scale = round_to_bf16<Ops>(scale);
-    if (scale == 0.0f) return {0.0f, 0.0f, asymmetric ? 0 : kZeroPoint};
-    const float inverse = 1.0f / scale;
-    int32_t zero = kZeroPoint;
-    if (asymmetric) {
-      zero = (int32_t)__builtin_rintf(-low * inverse);
-      zero = zero < 0 ? 0 : zero > 15 ? 15 : zero;
-    }
-    return {scale, inverse, zero};
+    return 0;
   }
 
   template <class Ops>
   static int32_t pack(const PackArgs *args) {
     const Gemm &gemm = *args->gemm;
-    const bool per_row = gemm.weight_groups == 1 && !gemm.scale_is_bf16;
-    for (int n = 0; n < kPanelColumns; n++) {
-      const void *row = args->rows[n];
-      if (row != nullptr &&
-          largest_magnitude_bits<Ops>(row, args->dtype, 0, args->full_depth) >= kInfinityBits) {
-        return 1;
+    const bool per_row = !gemm.scale_is_bf16, asymmetric = gemm.asymmetric != 0;
+    const int group_columns = per_row ? kPackColumns : gemm.group_columns;
+    int32_t magnitudes[kPanelColumns];
+    if (panel_magnitudes<Ops>(args, magnitudes) >= kInfinityBits) return 1;
+    Fit fit = {};
+    if (per_row) {
+      for (int n = 0; n < kPanelColumns; n++) {
+        if (magnitudes[n] >= kNegligibleBits) fit.set(n, row_scale<Ops>(args, n));
       }
-      Group group = {0.0f, 0.0f, gemm.asymmetric ? 0 : kZeroPoint};
-      if (row != nullptr && per_row) group = group_of<Ops>(args, row, 0, args->full_depth);
-      if (magnitude_bits(group.scale) >= kInfinityBits) return 1;
-      if (per_row) __builtin_memcpy(args->scale + n * 4, &group.scale, 4);
-      for (int64_t step = 0; step < gemm.steps; step++) {
-        uint8_t codes[kStepColumns];
-        for (int part = 0; part < kStepColumns; part += 32) {
-          const int64_t column = step * kStepColumns + part;
-          if (!per_row && column % gemm.group_columns == 0 && column < gemm.depth) {
-            const int64_t end = column + gemm.group_columns;
-            if (row != nullptr) {
-              group = group_of<Ops>(args, row, args->first_column + column,
-                                    args->first_column + (end < gemm.depth ? end : gemm.depth));
-            }
-            if (magnitude_bits(group.scale) >= kInfinityBits) return 1;
-            const int64_t at = column / gemm.group_columns * args->group_stride + n;
-            uint32_t bits;
-            __builtin_memcpy(&bits, &group.scale, 4);
-            const uint16_t half = (uint16_t)(bits >> 16);
-            __builtin_memcpy(args->scale + at * 2, &half, 2);
-            if (gemm.asymmetric) args->zero[at] = (uint8_t)group.zero;
-          }
-          for (int i = 0; i < 32; i += 16) {
-            typename Ops::F scaled = Ops::zero_f();
-            if (row != nullptr && column + i < gemm.depth) {
-              scaled = Ops::mul(load_values<Ops>(row, args->dtype, args->first_column + column + i,
-                                                 args->first_column + gemm.depth),
-                                Ops::set1_f(group.inverse));
-            }
-            const float lowest = (float)-group.zero;
-            scaled = Ops::min(Ops::set1_f(lowest + 15.0f), Ops::max(Ops::set1_f(lowest), scaled));
-            Ops::store_low_bytes(codes + part + i, Ops::add_i(Ops::round_i(scaled), Ops::set1_i(group.zero)));
+      store_row_scales(args, fit.scale);
+    }
+    const typename Ops::I offset = Ops::set1_i(asymmetric ? 0 : kZeroPoint);
+    for (int64_t first = 0; first < (int64_t)gemm.steps * kStepColumns; first += kPackColumns) {
+      float columns[kPackColumns * kPanelColumns];
+      for (int c = 0; c < kPackColumns; c += 16) load_columns<Ops>(args, first + c, columns + c * 16);
+      for (int part = 0; part < kPackColumns; part += group_columns) {
+        float *values = columns + part * kPanelColumns;
+        if (!per_row && first + part < gemm.depth) {
+          const int64_t left = gemm.depth - first - part;
+          const int count = left < group_columns ? (int)left : group_columns;
+          if (fit_group<Ops>(values, count, group_columns, asymmetric, fit) != 0) return 1;
+          const int64_t group = (first + part) / group_columns;
+          store_group_scales(args, group, fit.scale);
+          if (asymmetric) {
+            for (int n = 0; n < kPanelColumns; n++)
+              args->zero[group * args->group_stride + n] = (uint8_t)fit.zero[n];
           }
         }
-        for (int i = 0; i < 32; i++) codes[i] = (uint8_t)(codes[i] | codes[32 + i] << 4);
-        scatter_quads(codes, 8, args->tiles + step * args->step_stride_bytes, n, 0);
+        for (int c = 0; c < group_columns * kPanelColumns; c += kPanelColumns) {
+          Ops::store_f(values + c, code<Ops>(fit, Ops::load_f(values + c), asymmetric ? 0.0f : -8.0f));
+        }
+      }
+      const int64_t left = (int64_t)gemm.steps * kStepColumns - first;
+      for (int step = 0; step < kPackColumns && step < left; step += kStepColumns) {
+        uint8_t *tile = args->tiles + (first + step) / kStepColumns * args->step_stride_bytes;
+        for (int c = 0; c < 32; c += 4) {
+          typename Ops::I codes[4];
+          for (int i = 0; i < 4; i++) {
+            const float *low = columns + (step + c + i) * kPanelColumns, *high = low + 32 * kPanelColumns;
+            const typename Ops::I above = Ops::add_i(Ops::round_i(Ops::load_f(high)), offset);
+            codes[i] =
+                Ops::add_i(Ops::shift_left_4(above), Ops::add_i(Ops::round_i(Ops::load_f(low)), offset));
+          }
+          Ops::store_i(tile + c * 16, tile_line<Ops>(codes));
+        }
       }
     }
     return 0;
+  }
+
+  // The value of largest magnitude of a row, over -8; of several, the first.
+  template <class Ops>
+  KTK_INLINE float row_scale(const PackArgs *args, int n) {
+    float extreme = 0.0f;
+    for (int64_t i = 0; i < args->full_depth; i += 16) {
+      float values[16];
+      Ops::store_f(values, load_values<Ops>(args->rows[n], args->dtype, i, args->full_depth));
+      for (const float value : values) {
+        extreme = __builtin_fabsf(value) > __builtin_fabsf(extreme) ? value : extreme;
+      }
+    }
+    return extreme / -8.0f;
   }
 };

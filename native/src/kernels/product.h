@@ -61,14 +61,23 @@ KTK_INLINE SegmentScale<Ops> segment_scale(const Product &p, int segment, int j)
           p.gemm->asymmetric ? Ops::load_u8(p.zero + at) : Ops::zero_i()};
 }
 
-// Adds the exact sums of one segment and row to its 16 outputs.
+// What a sum of stored values starts from, so that the zero point of symmetric weights is taken off.
 template <class Ops, class Format>
+KTK_INLINE typename Ops::I segment_start(const Gemm &gemm, int32_t row_sum) {
+  return gemm.asymmetric ? Ops::zero_i() : Ops::set1_i(-Format::kZeroPoint * row_sum);
+}
+
+// Adds the sums of one segment and row, begun with segment_start, to the row's 16 outputs. Zero points of
+// asymmetric weights count sixteenths: so does the sum, and the scale makes up for it, exactly.
+template <class Ops>
 KTK_INLINE void add_scaled(const Gemm &gemm, const SegmentScale<Ops> &scale, typename Ops::I sum,
                            float row_scale, int32_t row_sum, float *out) {
-  const typename Ops::I offset = gemm.asymmetric ? Ops::mul_i(scale.zero, Ops::set1_i(row_sum))
-                                                 : Ops::set1_i(Format::kZeroPoint * row_sum);
-  const typename Ops::F exact = Ops::from_i(Ops::sub_i(sum, offset));
-  Ops::store_f(out, Ops::fma(exact, Ops::mul(scale.scale, Ops::set1_f(row_scale)), Ops::load_f(out)));
+  if (gemm.asymmetric) {
+    sum = Ops::sub_i(Ops::shift_left_4(sum), Ops::mul_i(scale.zero, Ops::set1_i(row_sum)));
+    row_scale *= 0.0625f;
+  }
+  Ops::store_f(out,
+               Ops::fma(Ops::from_i(sum), Ops::mul(scale.scale, Ops::set1_f(row_scale)), Ops::load_f(out)));
 }
 
 template <class Ops, class Format, int NT, int MR, int Halves>
@@ -83,7 +92,10 @@ static void integer_rows(const Product &p, const RowAddress address, int row, fl
     typename Ops::I sum[Halves][MR][NT];
     for (int h = 0; h < Halves; h++) {
       for (int r = 0; r < MR; r++) {
-        for (int j = 0; j < NT; j++) sum[h][r][j] = Ops::zero_i();
+        // A step of two halves may end in one that is all padding, which has no sum.
+        const bool padding = segment + h >= gemm.segments;
+        const int32_t row_sum = padding ? 0 : p.rows.sum[(int64_t)(row + r) * gemm.segments + segment + h];
+        for (int j = 0; j < NT; j++) sum[h][r][j] = segment_start<Ops, Format>(gemm, row_sum);
       }
     }
     const int stop = step + gemm.segment_steps < gemm.steps ? step + gemm.segment_steps : gemm.steps;
@@ -99,8 +111,8 @@ static void integer_rows(const Product &p, const RowAddress address, int row, fl
             p.rows.scale[at * gemm.row_groups + (segment + h) / gemm.segments_per_row_group];
         const int32_t row_sum = p.rows.sum[at * gemm.segments + segment + h];
         for (int j = 0; j < NT; j++) {
-          add_scaled<Ops, Format>(gemm, segment_scale<Ops>(p, segment + h, j), sum[h][r][j], row_scale,
-                                  row_sum, out + (r * NT + j) * kPanelColumns);
+          add_scaled<Ops>(gemm, segment_scale<Ops>(p, segment + h, j), sum[h][r][j], row_scale, row_sum,
+                          out + (r * NT + j) * kPanelColumns);
         }
       }
     }

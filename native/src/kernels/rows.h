@@ -154,8 +154,14 @@ static void quantise_rows(const QuantiseArgs *args) {
     const void *values = (const uint8_t *)args->input + t * gemm.depth * value_bytes;
     uint8_t *row = args->rows.data + t * row_bytes;
     if constexpr (Format::kInteger) {
-      quantise_group<Ops>(values, args->dtype, 0, gemm.depth, segment_columns(gemm, Format::kStepColumns),
-                          row, kStepBytes, args->rows.scale + t, args->rows.sum + t * gemm.segments);
+      const int64_t columns = segment_columns(gemm, Format::kStepColumns);
+      const int64_t group_columns = gemm.row_groups == 1 ? gemm.depth : columns * gemm.segments_per_row_group;
+      for (int64_t group = 0; group < gemm.row_groups; group++) {
+        const int64_t first = group * group_columns, last = first + group_columns;
+        quantise_group<Ops>(values, args->dtype, first, last < gemm.depth ? last : gemm.depth, columns, row,
+                            kStepBytes, args->rows.scale + t * gemm.row_groups + group,
+                            args->rows.sum + t * gemm.segments + group * gemm.segments_per_row_group);
+      }
     } else {
       round_group<Ops>(values, args->dtype, 0, gemm.depth, row, kStepBytes);
     }
@@ -173,7 +179,8 @@ static void gather_block(const GatherArgs *args) {
       Ops::store_i(to + (int64_t)s * args->count * kStepBytes, Ops::load_i(from + (int64_t)s * kStepBytes));
     }
     if constexpr (Format::kInteger) {
-      args->to.scale[r] = args->from.scale[token];
+      __builtin_memcpy(args->to.scale + (int64_t)r * gemm.row_groups,
+                       args->from.scale + token * gemm.row_groups, (uint64_t)gemm.row_groups * 4);
       __builtin_memcpy(args->to.sum + (int64_t)r * gemm.segments, args->from.sum + token * gemm.segments,
                        (uint64_t)gemm.segments * 4);
     }

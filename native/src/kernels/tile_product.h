@@ -74,9 +74,11 @@ KTK_INLINE void add_tile_segment(const Product &p, int first_tile, int segment, 
     const SegmentScale<Ops> scale = segment_scale<Ops>(p, segment, first_tile + j);
     for (int r = 0; r < rows; r++) {
       const int64_t row = first_row + r;
-      add_scaled<Ops, Format>(gemm, scale, Ops::load_i(sums + (j * kBlockRows + r) * kPanelColumns),
-                              p.rows.scale[row * gemm.row_groups + row_group],
-                              p.rows.sum[row * gemm.segments + segment], out + (r * NT + j) * kPanelColumns);
+      const int32_t row_sum = p.rows.sum[row * gemm.segments + segment];
+      const typename Ops::I sum = Ops::add_i(Ops::load_i(sums + (j * kBlockRows + r) * kPanelColumns),
+                                             segment_start<Ops, Format>(gemm, row_sum));
+      add_scaled<Ops>(gemm, scale, sum, p.rows.scale[row * gemm.row_groups + row_group], row_sum,
+                      out + (r * NT + j) * kPanelColumns);
     }
   }
 }
@@ -172,9 +174,10 @@ KTK_INLINE void scale_run(const Product &p, int first_tile, int first, int last,
     const SegmentScale<Ops> scale = segment_scale<Ops>(p, 0, first_tile + j);
     for (int row = first; row < last; row++) {
       float *target = out + ((row - first) * NT + j) * kPanelColumns;
-      const typename Ops::I sum = Ops::load_i(target);
+      const typename Ops::I sum =
+          Ops::add_i(Ops::load_i(target), segment_start<Ops, Format>(*p.gemm, p.rows.sum[row]));
       Ops::store_f(target, Ops::zero_f());
-      add_scaled<Ops, Format>(*p.gemm, scale, sum, p.rows.scale[row], p.rows.sum[row], target);
+      add_scaled<Ops>(*p.gemm, scale, sum, p.rows.scale[row], p.rows.sum[row], target);
     }
   }
 }

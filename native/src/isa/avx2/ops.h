@@ -6,6 +6,7 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
+#include "isa/avx2/transpose.h"
 #include "kernels/inline.h"
 
 struct Avx2Ops {
@@ -70,6 +71,7 @@ struct Avx2Ops {
   }
   KTK_INLINE I and_i(I a, I b) { return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high)}; }
   KTK_INLINE I max_i(I a, I b) { return {_mm256_max_epi32(a.low, b.low), _mm256_max_epi32(a.high, b.high)}; }
+  KTK_INLINE I shift_left_4(I a) { return {_mm256_slli_epi32(a.low, 4), _mm256_slli_epi32(a.high, 4)}; }
   KTK_INLINE I shift_left_23(I a) { return {_mm256_slli_epi32(a.low, 23), _mm256_slli_epi32(a.high, 23)}; }
   KTK_INLINE int32_t reduce_add_i(I a) {
     const __m256i eight = _mm256_add_epi32(a.low, a.high);
@@ -126,6 +128,7 @@ struct Avx2Ops {
     _mm_storeu_si128((__m128i *)p,
                      _mm_packus_epi16(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1)));
   }
+  KTK_INLINE void transpose(const float (*rows)[16], float *columns) { transpose_16x16(rows, columns); }
   KTK_INLINE I load_u8(const uint8_t *p) {
     const __m128i bytes = _mm_loadu_si128((const __m128i *)p);
     return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};

@@ -7,6 +7,7 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
+#include "isa/avx2/transpose.h"
 #include "kernels/inline.h"
 
 struct Avx512Ops {
@@ -56,6 +57,7 @@ struct Avx512Ops {
   KTK_INLINE I mul_i(I a, I b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
   KTK_INLINE I and_i(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
   KTK_INLINE I max_i(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }
+  KTK_INLINE I shift_left_4(I a) { return {_mm512_slli_epi32(a.v, 4)}; }
   KTK_INLINE I shift_left_23(I a) { return {_mm512_slli_epi32(a.v, 23)}; }
   KTK_INLINE int32_t reduce_add_i(I a) { return _mm512_reduce_add_epi32(a.v); }
   KTK_INLINE int32_t reduce_max_i(I a) { return _mm512_reduce_max_epi32(a.v); }
@@ -83,6 +85,7 @@ struct Avx512Ops {
   KTK_INLINE void store_low_bytes(uint8_t *p, I v) {
     _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(v.v));
   }
+  KTK_INLINE void transpose(const float (*rows)[16], float *columns) { transpose_16x16(rows, columns); }
   KTK_INLINE I load_u8(const uint8_t *p) {
     return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p))};
   }

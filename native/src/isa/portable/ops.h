@@ -62,6 +62,7 @@ struct PortableOps {
   KTK_INLINE I mul_i(I a, I b) { return a * b; }
   KTK_INLINE I and_i(I a, I b) { return a & b; }
   KTK_INLINE I max_i(I a, I b) { return a > b ? a : b; }
+  KTK_INLINE I shift_left_4(I a) { return a << 4; }
   KTK_INLINE I shift_left_23(I a) { return a << 23; }
   KTK_INLINE int32_t reduce_add_i(I a) {
     int32_t sum = 0;
@@ -127,6 +128,12 @@ struct PortableOps {
         half = (magnitude + 0xfffu + (magnitude >> 13 & 1) - 0x38000000u) >> 13;
       }
       p[n] = (uint16_t)(sign | half);
+    }
+  }
+  // [16 rows][16 columns] to [16 columns][16 rows].
+  KTK_INLINE void transpose(const float (*rows)[16], float *columns) {
+    for (int column = 0; column < 16; column++) {
+      for (int row = 0; row < 16; row++) columns[column * 16 + row] = rows[row][column];
     }
   }
   // The low byte of each lane.
