@@ -28,11 +28,11 @@ struct Gemm {
   int32_t segments;       // 1 for bf16
   int32_t segment_steps;  // steps in a segment
   int32_t halves;         // 2: each step holds two segments of 32 columns, else 1
-  int32_t segments_per_weight_group;
   int32_t segments_per_row_group;
-  int32_t weight_groups;  // scales along K, for one output row
-  int32_t row_groups;     // activation scales along K, 0 for bf16
-  int32_t group_columns;  // weight group size, depth for one scale a row; 0: no scales
+  int32_t row_group_shift;  // segment >> row_group_shift: its activation group
+  int32_t weight_groups;    // scales along K, for one output row
+  int32_t row_groups;       // activation scales along K, 0 for bf16
+  int32_t group_columns;    // weight group size, depth for one scale a row; 0: no scales
   int32_t scale_is_bf16;
   int32_t asymmetric;
 };

@@ -12,8 +12,8 @@ Gemm make_gemm(const FormatKernels &kernels, int32_t depth, int32_t group_size, 
   gemm.segments = 1;
   gemm.segment_steps = gemm.steps;
   gemm.halves = 1;
-  gemm.segments_per_weight_group = 1;
   gemm.segments_per_row_group = 1;
+  gemm.row_group_shift = 31;
   if (!kernels.integer) return gemm;
 
   gemm.asymmetric = asymmetric;
@@ -28,8 +28,11 @@ Gemm make_gemm(const FormatKernels &kernels, int32_t depth, int32_t group_size, 
   gemm.segments = static_cast<int32_t>(divide_up(depth, segment_columns));
   gemm.halves = segment_columns * 2 == kernels.step_columns ? 2 : 1;
   gemm.segment_steps = std::max(1, segment_columns / kernels.step_columns);
-  gemm.segments_per_weight_group = group_size > 0 ? group_size / segment_columns : gemm.segments;
   gemm.segments_per_row_group = row_group_columns > 0 ? row_group_columns / segment_columns : gemm.segments;
+  if (row_group_columns > 0) {
+    gemm.row_group_shift = 0;
+    while (segment_columns << gemm.row_group_shift < row_group_columns) gemm.row_group_shift++;
+  }
   return gemm;
 }
 

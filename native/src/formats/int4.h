@@ -21,25 +21,36 @@ struct Int4 {
   static constexpr bool kInteger = true;
   static constexpr int kZeroPoint = 8;
 
+  // The columns of one nibble: a segment, or a half of one or of a longer one.
+  template <class Ops, int NT, int MR, bool High>
+  KTK_INLINE void nibbles(typename Ops::I (&sum)[MR][NT], const uint8_t *rows, const uint8_t *tiles,
+                          int64_t tile_stride_bytes) {
+    typename Ops::Q part[MR][NT];
+    for (int r = 0; r < MR; r++) {
+      for (int j = 0; j < NT; j++) part[r][j] = Ops::begin_quads(sum[r][j]);
+    }
+    const int quads = rolled(8);
+    for (int quad = 0; quad < quads; quad++) {
+      typename Ops::I weights[NT];
+      for (int j = 0; j < NT; j++) {
+        const typename Ops::I bytes = Ops::load_i(tiles + j * tile_stride_bytes + quad * 64);
+        weights[j] = High ? Ops::high_nibbles(bytes) : Ops::low_nibbles(bytes);
+      }
+      for (int r = 0; r < MR; r++) {
+        const typename Ops::I activations = Ops::quad_u4(rows + r * kStepBytes + quad * 4);
+        for (int j = 0; j < NT; j++) part[r][j] = Ops::add_quad(part[r][j], weights[j], activations);
+      }
+    }
+    for (int r = 0; r < MR; r++) {
+      for (int j = 0; j < NT; j++) sum[r][j] = Ops::end_quads(sum[r][j], part[r][j]);
+    }
+  }
+
   template <class Ops, int NT, int MR, int Halves>
   KTK_INLINE void step(typename Ops::I (&sum)[Halves][MR][NT], const uint8_t *rows, const uint8_t *tiles,
                        int64_t tile_stride_bytes) {
-    for (int quad = 0; quad < 8; quad++) {
-      typename Ops::I low[NT], high[NT];
-      for (int j = 0; j < NT; j++) {
-        const typename Ops::I bytes = Ops::load_i(tiles + j * tile_stride_bytes + quad * 64);
-        low[j] = Ops::low_nibbles(bytes);
-        high[j] = Ops::high_nibbles(bytes);
-      }
-      for (int r = 0; r < MR; r++) {
-        const uint8_t *row = rows + r * kStepBytes + quad * 4;
-        const typename Ops::I first = Ops::quad_u4(row), second = Ops::quad_u4(row + 32);
-        for (int j = 0; j < NT; j++) {
-          sum[0][r][j] = Ops::dot_u4s8(sum[0][r][j], low[j], first);
-          sum[Halves - 1][r][j] = Ops::dot_u4s8(sum[Halves - 1][r][j], high[j], second);
-        }
-      }
-    }
+    nibbles<Ops, NT, MR, false>(sum[0], rows, tiles, tile_stride_bytes);
+    nibbles<Ops, NT, MR, true>(sum[Halves - 1], rows + 32, tiles, tile_stride_bytes);
   }
 
   // Expands nibbles to bytes: quads 0-7 from the low ones, 8-15 from the high ones.

@@ -29,8 +29,8 @@ struct Int8 {
   template <class Ops, int NT, int MR, int Halves>
   KTK_INLINE void step(typename Ops::I (&sum)[Halves][MR][NT], const uint8_t *rows, const uint8_t *tiles,
                        int64_t tile_stride_bytes) {
-    quads<Ops, NT, MR>(sum[0], rows, tiles, tile_stride_bytes, 0, 16 / Halves);
-    if constexpr (Halves == 2) quads<Ops, NT, MR>(sum[1], rows, tiles, tile_stride_bytes, 8, 16);
+    quads<Ops, NT, MR>(sum[0], rows, tiles, tile_stride_bytes, 0, rolled(16 / Halves));
+    if constexpr (Halves == 2) quads<Ops, NT, MR>(sum[1], rows, tiles, tile_stride_bytes, 8, rolled(16));
   }
 
   template <class Ops>

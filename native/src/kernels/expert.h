@@ -54,9 +54,9 @@ KTK_INLINE void product(const Product &p, bool tiles, int tile_count, int first,
         const int row_stop = least(row + kBlockRows, stop);
         float *out = scratch + (row - group) * count * kPanelColumns;
         if (count == 2) {
-          vector_product<Ops, Format, 2, Ops::kBlockMaxRows>(pair, row, row_stop, out);
+          vector_pair<Ops, Format>(pair, row, row_stop, out);
         } else {
-          vector_product<Ops, Format, 1, Ops::kBlockMaxRows>(pair, row, row_stop, out);
+          vector_product<Ops, Format, 1, Ops::kTallMaxRows>(pair, row, row_stop, out, kPanelColumns);
         }
       }
       for (int row = group; row < stop; row++)

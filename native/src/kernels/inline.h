@@ -6,3 +6,9 @@
 
 #define KTK_INLINE static inline __attribute__((always_inline))
 #define KTK_MEMBER inline __attribute__((always_inline))
+
+// `count`, in a way that keeps compilers from unrolling a loop up to it: unrolled products spill their sums.
+KTK_INLINE int rolled(int count) {
+  __asm__("" : "+r"(count));
+  return count;
+}

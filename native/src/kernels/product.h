@@ -1,4 +1,5 @@
-// The product of up to kGroupRows activation rows with NT panels of packed weights, in fp32.
+// The product of up to kGroupRows activation rows with NT panels of packed weights, in fp32; an output row is
+// `out_stride` floats from the next.
 //
 // Every output is one chain of operations along K in ascending order, whatever rows are computed beside it:
 // that is what makes results independent of batch position and thread count. Integer formats are exact
@@ -41,6 +42,14 @@ struct Product {
     rest.zero += first / 2 * scale_pair_stride;
     return rest;
   }
+  // The other tile of a pair.
+  KTK_MEMBER Product second_tile() const {
+    Product other = *this;
+    other.tiles += tile_stride_bytes;
+    other.scale += scale_tile_stride * (gemm->scale_is_bf16 ? 2 : 4);
+    other.zero += scale_tile_stride;
+    return other;
+  }
   KTK_MEMBER int64_t scale_offset(int j, int group) const {
     return j / 2 * scale_pair_stride + j % 2 * scale_tile_stride + group * scale_group_stride;
   }
@@ -53,9 +62,10 @@ struct SegmentScale {
   typename Ops::I zero;  // asymmetric weights only
 };
 
+// A weight group is a segment, or the whole row.
 template <class Ops>
 KTK_INLINE SegmentScale<Ops> segment_scale(const Product &p, int segment, int j) {
-  const int64_t at = p.scale_offset(j, segment / p.gemm->segments_per_weight_group);
+  const int64_t at = p.scale_offset(j, p.gemm->weight_groups == 1 ? 0 : segment);
   return {p.gemm->scale_is_bf16 ? Ops::load_bf16((const uint16_t *)p.scale + at)
                                 : Ops::load_f((const float *)p.scale + at),
           p.gemm->asymmetric ? Ops::load_u8(p.zero + at) : Ops::zero_i()};
@@ -69,22 +79,41 @@ KTK_INLINE typename Ops::I segment_start(const Gemm &gemm, int32_t row_sum) {
 
 // Adds the sums of one segment and row, begun with segment_start, to the row's 16 outputs. Zero points of
 // asymmetric weights count sixteenths: so does the sum, and the scale makes up for it, exactly.
-template <class Ops>
-KTK_INLINE void add_scaled(const Gemm &gemm, const SegmentScale<Ops> &scale, typename Ops::I sum,
-                           float row_scale, int32_t row_sum, float *out) {
-  if (gemm.asymmetric) {
-    sum = Ops::sub_i(Ops::shift_left_4(sum), Ops::mul_i(scale.zero, Ops::set1_i(row_sum)));
+template <class Ops, bool Asymmetric>
+KTK_INLINE void add_scaled(const SegmentScale<Ops> &scale, typename Ops::I sum, float row_scale,
+                           int32_t row_sum, float *out) {
+  if constexpr (Asymmetric) {
+    sum = Ops::sub_i(Ops::shift_left_4(sum), Ops::mul_short(scale.zero, Ops::set1_i(row_sum)));
     row_scale *= 0.0625f;
   }
   Ops::store_f(out,
                Ops::fma(Ops::from_i(sum), Ops::mul(scale.scale, Ops::set1_f(row_scale)), Ops::load_f(out)));
 }
 
+// Adds a segment of MR rows and NT tiles to their outputs.
+template <class Ops, int NT, int MR, bool Asymmetric>
+KTK_INLINE void add_segment(const Product &p, int segment, int row, const typename Ops::I (&sum)[MR][NT],
+                            float *out, int out_stride) {
+  const Gemm &gemm = *p.gemm;
+  SegmentScale<Ops> scale[NT];
+  for (int j = 0; j < NT; j++) scale[j] = segment_scale<Ops>(p, segment, j);
+  const float *row_scale = p.rows.scale + (int64_t)row * gemm.row_groups + (segment >> gemm.row_group_shift);
+  const int32_t *row_sum = p.rows.sum + (int64_t)row * gemm.segments + segment;
+  for (int r = 0; r < MR; r++) {
+    for (int j = 0; j < NT; j++) {
+      add_scaled<Ops, Asymmetric>(scale[j], sum[r][j], *row_scale, *row_sum,
+                                  out + r * out_stride + j * kPanelColumns);
+    }
+    row_scale += gemm.row_groups;
+    row_sum += gemm.segments;
+  }
+}
+
 template <class Ops, class Format, int NT, int MR, int Halves>
-static void integer_rows(const Product &p, const RowAddress address, int row, float *out) {
+static void integer_rows(const Product &p, const RowAddress address, int row, float *out, int out_stride) {
   const Gemm &gemm = *p.gemm;
   for (int r = 0; r < MR; r++) {
-    for (int j = 0; j < NT; j++) Ops::store_f(out + (r * NT + j) * kPanelColumns, Ops::zero_f());
+    for (int j = 0; j < NT; j++) Ops::store_f(out + r * out_stride + j * kPanelColumns, Ops::zero_f());
   }
   const uint8_t *rows = address.data;
   const uint8_t *tiles = p.tiles;
@@ -105,22 +134,17 @@ static void integer_rows(const Product &p, const RowAddress address, int row, fl
       tiles += p.step_stride_bytes;
     }
     for (int h = 0; h < Halves && segment + h < gemm.segments; h++) {
-      for (int r = 0; r < MR; r++) {
-        const int64_t at = row + r;
-        const float row_scale =
-            p.rows.scale[at * gemm.row_groups + (segment + h) / gemm.segments_per_row_group];
-        const int32_t row_sum = p.rows.sum[at * gemm.segments + segment + h];
-        for (int j = 0; j < NT; j++) {
-          add_scaled<Ops>(gemm, segment_scale<Ops>(p, segment + h, j), sum[h][r][j], row_scale, row_sum,
-                          out + (r * NT + j) * kPanelColumns);
-        }
+      if (gemm.asymmetric) {
+        add_segment<Ops, NT, MR, true>(p, segment + h, row, sum[h], out, out_stride);
+      } else {
+        add_segment<Ops, NT, MR, false>(p, segment + h, row, sum[h], out, out_stride);
       }
     }
   }
 }
 
 template <class Ops, class Format, int NT, int MR>
-static void float_rows(const Product &p, const RowAddress address, float *out) {
+static void float_rows(const Product &p, const RowAddress address, float *out, int out_stride) {
   typename Ops::F sum[MR][NT];
   for (int r = 0; r < MR; r++) {
     for (int j = 0; j < NT; j++) sum[r][j] = Ops::zero_f();
@@ -133,32 +157,47 @@ static void float_rows(const Product &p, const RowAddress address, float *out) {
     tiles += p.step_stride_bytes;
   }
   for (int r = 0; r < MR; r++) {
-    for (int j = 0; j < NT; j++) Ops::store_f(out + (r * NT + j) * kPanelColumns, sum[r][j]);
+    for (int j = 0; j < NT; j++) Ops::store_f(out + r * out_stride + j * kPanelColumns, sum[r][j]);
   }
 }
 
 // MR consecutive rows of one block, by vector instructions.
 template <class Ops, class Format, int NT, int MR>
-KTK_INLINE void vector_rows(const Product &p, int row, float *out) {
+KTK_INLINE void vector_rows(const Product &p, int row, float *out, int out_stride) {
   const RowAddress address = row_address(p.rows.data, *p.gemm, p.row_count, row);
   if constexpr (!Format::kInteger) {
-    float_rows<Ops, Format, NT, MR>(p, address, out);
+    float_rows<Ops, Format, NT, MR>(p, address, out, out_stride);
   } else if (p.gemm->halves == 2) {
-    integer_rows<Ops, Format, NT, MR, 2>(p, address, row, out);
+    integer_rows<Ops, Format, NT, MR, 2>(p, address, row, out, out_stride);
   } else {
-    integer_rows<Ops, Format, NT, MR, 1>(p, address, row, out);
+    integer_rows<Ops, Format, NT, MR, 1>(p, address, row, out, out_stride);
   }
 }
 
 // Rows [first, last) in register blocks of MR rows, then of half as many for what is left.
 template <class Ops, class Format, int NT, int MR>
-KTK_INLINE void vector_product(const Product &p, int first, int last, float *out) {
+KTK_INLINE void vector_product(const Product &p, int first, int last, float *out, int out_stride) {
   while (first + MR <= last) {
-    vector_rows<Ops, Format, NT, MR>(p, first, out);
+    vector_rows<Ops, Format, NT, MR>(p, first, out, out_stride);
     first += MR;
-    out += MR * NT * kPanelColumns;
+    out += MR * out_stride;
   }
   if constexpr (MR > 1) {
-    if (first < last) vector_product<Ops, Format, NT, MR / 2>(p, first, last, out);
+    if (first < last) vector_product<Ops, Format, NT, MR / 2>(p, first, last, out, out_stride);
   }
+}
+
+// The same for the pair of tiles that `p` begins with: tile by tile where that makes taller register blocks.
+template <class Ops, class Format>
+KTK_INLINE void vector_pair(const Product &p, int first, int last, float *out) {
+  constexpr int kStride = 2 * kPanelColumns;
+  if constexpr (Ops::kTallMaxRows > Ops::kBlockMaxRows) {
+    const int tall = (last - first) / Ops::kTallMaxRows * Ops::kTallMaxRows;
+    vector_product<Ops, Format, 1, Ops::kTallMaxRows>(p, first, first + tall, out, kStride);
+    vector_product<Ops, Format, 1, Ops::kTallMaxRows>(p.second_tile(), first, first + tall,
+                                                      out + kPanelColumns, kStride);
+    first += tall;
+    out += tall * kStride;
+  }
+  vector_product<Ops, Format, 2, Ops::kBlockMaxRows>(p, first, last, out, kStride);
 }

@@ -65,20 +65,21 @@ struct TileState {
 };
 
 // Adds the exact sums of a segment for a tile of rows: sums [NT][16][16], out [rows][NT][16].
-template <class Ops, class Format, int NT>
+template <class Ops, class Format, int NT, bool Asymmetric>
 KTK_INLINE void add_tile_segment(const Product &p, int first_tile, int segment, int first_row, int rows,
                                  const int32_t *sums, float *out) {
   const Gemm &gemm = *p.gemm;
-  const int64_t row_group = segment / gemm.segments_per_row_group;
+  const float *row_scale =
+      p.rows.scale + (int64_t)first_row * gemm.row_groups + (segment >> gemm.row_group_shift);
+  const int32_t *row_sum = p.rows.sum + (int64_t)first_row * gemm.segments + segment;
   for (int j = 0; j < NT; j++) {
     const SegmentScale<Ops> scale = segment_scale<Ops>(p, segment, first_tile + j);
-    for (int r = 0; r < rows; r++) {
-      const int64_t row = first_row + r;
-      const int32_t row_sum = p.rows.sum[row * gemm.segments + segment];
+    for (int64_t r = 0; r < rows; r++) {
+      const int32_t sum_of_row = row_sum[r * gemm.segments];
       const typename Ops::I sum = Ops::add_i(Ops::load_i(sums + (j * kBlockRows + r) * kPanelColumns),
-                                             segment_start<Ops, Format>(gemm, row_sum));
-      add_scaled<Ops>(gemm, scale, sum, p.rows.scale[row * gemm.row_groups + row_group], row_sum,
-                      out + (r * NT + j) * kPanelColumns);
+                                             segment_start<Ops, Format>(gemm, sum_of_row));
+      add_scaled<Ops, Asymmetric>(scale, sum, row_scale[r * gemm.row_groups], sum_of_row,
+                                  out + (r * NT + j) * kPanelColumns);
     }
   }
 }
@@ -159,7 +160,11 @@ static void tile_run(const Product &p, TileState &state, int first_tile, int ste
         if constexpr (NT > 1) KTK_TILE_STORE(file, 1, state.sums + 256, 64);
         if constexpr (NT > 2) KTK_TILE_STORE(file, 2, state.sums + 512, 64);
         if constexpr (NT > 3) KTK_TILE_STORE(file, 3, state.sums + 768, 64);
-        add_tile_segment<Ops, Format, NT>(p, first_tile, segment, row, rows, state.sums, target);
+        if (gemm.asymmetric) {
+          add_tile_segment<Ops, Format, NT, true>(p, first_tile, segment, row, rows, state.sums, target);
+        } else {
+          add_tile_segment<Ops, Format, NT, false>(p, first_tile, segment, row, rows, state.sums, target);
+        }
         // A step of two halves is done after its second.
         if (halves == 1 || (segment - first_segment) % 2 == 1) s = stop;
       }
@@ -177,7 +182,11 @@ KTK_INLINE void scale_run(const Product &p, int first_tile, int first, int last,
       const typename Ops::I sum =
           Ops::add_i(Ops::load_i(target), segment_start<Ops, Format>(*p.gemm, p.rows.sum[row]));
       Ops::store_f(target, Ops::zero_f());
-      add_scaled<Ops>(*p.gemm, scale, sum, p.rows.scale[row], p.rows.sum[row], target);
+      if (p.gemm->asymmetric) {
+        add_scaled<Ops, true>(scale, sum, p.rows.scale[row], p.rows.sum[row], target);
+      } else {
+        add_scaled<Ops, false>(scale, sum, p.rows.scale[row], p.rows.sum[row], target);
+      }
     }
   }
 }

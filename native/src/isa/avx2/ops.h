@@ -32,8 +32,10 @@ struct Avx2Ops {
 
   static constexpr uint32_t kNeeds = kNeedsAvx2 | kNeedsFma | kNeedsF16c | kNeedsOsYmm;
   static constexpr int32_t kAutomatic = 1;
-  // 2 rows x 2 tiles x 2 registers of sums, 4 of weights and 2 of activations fit in 16 registers.
+  // 2 registers of sums a row and tile, 4 of weights a tile and 2 of activations: 2 rows by 2 tiles spill
+  // some of them, 4 rows by 1 tile fit. But to meet fewer rows, 2 tiles load each activation once.
   static constexpr int kBlockMaxRows = 2;
+  static constexpr int kTallMaxRows = 4;
   // Rows from which an expert goes to matrix units; 0: there are none.
   static constexpr int32_t kTileRows = 0;
 
@@ -66,8 +68,8 @@ struct Avx2Ops {
   }
   KTK_INLINE I add_i(I a, I b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
   KTK_INLINE I sub_i(I a, I b) { return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)}; }
-  KTK_INLINE I mul_i(I a, I b) {
-    return {_mm256_mullo_epi32(a.low, b.low), _mm256_mullo_epi32(a.high, b.high)};
+  KTK_INLINE I mul_short(I a, I b) {
+    return {_mm256_madd_epi16(a.low, b.low), _mm256_madd_epi16(a.high, b.high)};
   }
   KTK_INLINE I and_i(I a, I b) { return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high)}; }
   KTK_INLINE I max_i(I a, I b) { return {_mm256_max_epi32(a.low, b.low), _mm256_max_epi32(a.high, b.high)}; }
@@ -160,12 +162,18 @@ struct Avx2Ops {
     return low_nibbles({_mm256_srli_epi32(bytes.low, 4), _mm256_srli_epi32(bytes.high, 4)});
   }
   KTK_INLINE I quad_u4(const uint8_t *activations) { return set1_i(load_quad(activations)); }
-  // Products of a nibble and an int8 stay below 2^15 in pairs: vpmaddubsw does not saturate here.
-  KTK_INLINE __m256i quad_sums(__m256i nibbles, __m256i quad) {
-    return _mm256_madd_epi16(_mm256_maddubs_epi16(nibbles, quad), _mm256_set1_epi16(1));
+  // Partial sums of 16 bits: 8 pairs of products, each at most 2 * 15 * 127, stay below 2^15.
+  struct Q {
+    __m256i low, high;
+  };
+  KTK_INLINE Q begin_quads(I) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  KTK_INLINE Q add_quad(Q part, I nibbles, I quad) {
+    return {_mm256_add_epi16(part.low, _mm256_maddubs_epi16(nibbles.low, quad.low)),
+            _mm256_add_epi16(part.high, _mm256_maddubs_epi16(nibbles.high, quad.high))};
   }
-  KTK_INLINE I dot_u4s8(I sum, I nibbles, I quad) {
-    return add_i(sum, {quad_sums(nibbles.low, quad.low), quad_sums(nibbles.high, quad.high)});
+  KTK_INLINE I end_quads(I sum, Q part) {
+    const __m256i one = _mm256_set1_epi16(1);
+    return add_i(sum, {_mm256_madd_epi16(part.low, one), _mm256_madd_epi16(part.high, one)});
   }
 
   KTK_INLINE WB split_bf16(const uint8_t *tile_row) {

@@ -34,6 +34,7 @@ struct Avx512Ops {
   static constexpr int32_t kAutomatic = 1;
   // 8 rows x 2 tiles of sums leave half of the 32 registers for weights and activations.
   static constexpr int kBlockMaxRows = 8;
+  static constexpr int kTallMaxRows = 8;
   // Rows from which an expert goes to matrix units; 0: there are none.
   static constexpr int32_t kTileRows = 0;
 
@@ -54,7 +55,7 @@ struct Avx512Ops {
   KTK_INLINE void store_i(void *p, I v) { _mm512_storeu_si512(p, v.v); }
   KTK_INLINE I add_i(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
   KTK_INLINE I sub_i(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
-  KTK_INLINE I mul_i(I a, I b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+  KTK_INLINE I mul_short(I a, I b) { return {_mm512_madd_epi16(a.v, b.v)}; }
   KTK_INLINE I and_i(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
   KTK_INLINE I max_i(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }
   KTK_INLINE I shift_left_4(I a) { return {_mm512_slli_epi32(a.v, 4)}; }
@@ -110,9 +111,16 @@ struct Avx512Ops {
   KTK_INLINE I low_nibbles(I bytes) { return and_i(bytes, set1_i(0x0f0f0f0f)); }
   KTK_INLINE I high_nibbles(I bytes) { return low_nibbles({_mm512_srli_epi32(bytes.v, 4)}); }
   KTK_INLINE I quad_u4(const uint8_t *activations) { return set1_i(load_quad(activations)); }
-  KTK_INLINE I dot_u4s8(I sum, I nibbles, I quad) {
-    const __m512i pairs = _mm512_maddubs_epi16(nibbles.v, quad.v);
-    return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
+  // Partial sums of 16 bits: 8 pairs of products, each at most 2 * 15 * 127, stay below 2^15.
+  struct Q {
+    __m512i v;
+  };
+  KTK_INLINE Q begin_quads(I) { return {_mm512_setzero_si512()}; }
+  KTK_INLINE Q add_quad(Q part, I nibbles, I quad) {
+    return {_mm512_add_epi16(part.v, _mm512_maddubs_epi16(nibbles.v, quad.v))};
+  }
+  KTK_INLINE I end_quads(I sum, Q part) {
+    return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(part.v, _mm512_set1_epi16(1)))};
   }
 
   KTK_INLINE WB split_bf16(const uint8_t *tile_row) {

@@ -25,8 +25,9 @@ struct PortableOps {
 
   static constexpr uint32_t kNeeds = 0;
   static constexpr int32_t kAutomatic = 1;
-  // Rows that one register block holds beside two weight vectors.
+  // Rows that one register block holds beside two weight vectors, and beside one.
   static constexpr int kBlockMaxRows = 4;
+  static constexpr int kTallMaxRows = 4;
   // Rows from which an expert goes to matrix units; 0: there are none.
   static constexpr int32_t kTileRows = 0;
 
@@ -59,7 +60,8 @@ struct PortableOps {
   KTK_INLINE void store_i(void *p, I v) { __builtin_memcpy(p, &v, sizeof v); }
   KTK_INLINE I add_i(I a, I b) { return a + b; }
   KTK_INLINE I sub_i(I a, I b) { return a - b; }
-  KTK_INLINE I mul_i(I a, I b) { return a * b; }
+  // Lanes that 16 bits hold, those of `a` not negative.
+  KTK_INLINE I mul_short(I a, I b) { return a * b; }
   KTK_INLINE I and_i(I a, I b) { return a & b; }
   KTK_INLINE I max_i(I a, I b) { return a > b ? a : b; }
   KTK_INLINE I shift_left_4(I a) { return a << 4; }
@@ -159,11 +161,15 @@ struct PortableOps {
     }
     return sum;
   }
-  // 4-bit weights, one in each byte; `quad_u4` may differ from quad_s8 where a cheaper product exists.
+  // 4-bit weights, one in each byte, times s8 activations, 8 quads in a row: up to there partial sums may be
+  // narrower than I.
+  typedef I Q;
   KTK_INLINE I low_nibbles(I bytes) { return bytes & 0x0f0f0f0f; }
   KTK_INLINE I high_nibbles(I bytes) { return (bytes >> 4) & 0x0f0f0f0f; }
   KTK_INLINE I quad_u4(const uint8_t *activations) { return quad_s8(activations); }
-  KTK_INLINE I dot_u4s8(I sum, I nibbles, I quad) { return dot_u8s8(sum, nibbles, quad); }
+  KTK_INLINE Q begin_quads(I sum) { return sum; }
+  KTK_INLINE Q add_quad(Q part, I nibbles, I quad) { return dot_u8s8(part, nibbles, quad); }
+  KTK_INLINE I end_quads(I, Q part) { return part; }
 
   // bf16 weights times bf16 activations: 2 products a lane.
   KTK_INLINE WB split_bf16(const uint8_t *tile_row) {
