@@ -1,0 +1,644 @@
+// What the worker pool and the task queue cost, each as a ratio to a bound that is measured in the same run.
+//
+//   pool_bench [--rounds N] [--idle-seconds S] [--only PART] [--json FILE]
+//
+// Everything is measured in turns (ours, the bound, ours, the bound ...), so that a neighbour on the
+// machine disturbs both. libgomp is told to spin for ever, which is when its hand-over is fastest.
+#include <omp.h>
+#include <sched.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+#include <x86intrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <fstream>
+#include <memory>
+#include <numeric>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "runtime/memory.h"
+#include "runtime/task_queue.h"
+#include "runtime/topology.h"
+#include "runtime/wait.h"
+#include "runtime/worker_pool.h"
+
+using ktk::kLineBytes;
+using ktk::now_ns;
+using ktk::TaskQueue;
+using ktk::Topology;
+using ktk::WorkerPool;
+
+namespace {
+
+// ---- numbers -------------------------------------------------------------------------------------
+
+double quantile(std::vector<double> &values, double at) {
+  const auto index = static_cast<size_t>(at * static_cast<double>(values.size() - 1));
+  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(index), values.end());
+  return values[index];
+}
+
+double median(std::vector<double> values) { return quantile(values, 0.5); }
+
+class Json {
+ public:
+  Json &number(const std::string &key, double value) {
+    char text[32];
+    std::snprintf(text, sizeof(text), "%.6g", value);
+    return raw(key, text);
+  }
+  Json &string(const std::string &key, const std::string &value) { return raw(key, '"' + value + '"'); }
+  Json &raw(const std::string &key, const std::string &value) {
+    body_ += (body_.empty() ? "" : ", ") + ('"' + key + "\": ") + value;
+    return *this;
+  }
+  std::string text() const { return '{' + body_ + '}'; }
+
+ private:
+  std::string body_;
+};
+
+std::string spread_ns(std::vector<double> values) {
+  return Json()
+      .number("samples", static_cast<double>(values.size()))
+      .number("min", *std::min_element(values.begin(), values.end()))
+      .number("median", quantile(values, 0.5))
+      .number("p90", quantile(values, 0.9))
+      .number("p99", quantile(values, 0.99))
+      .text();
+}
+
+// A clock that costs a few nanoseconds; calibrated against the system's.
+class Ticks {
+ public:
+  Ticks() {
+    const int64_t begin_ns = now_ns();
+    const uint64_t begin = __rdtsc();
+    usleep(200000);
+    const uint64_t end = __rdtsc();
+    per_ns_ = static_cast<double>(end - begin) / static_cast<double>(now_ns() - begin_ns);
+  }
+  double ns(uint64_t ticks) const { return static_cast<double>(ticks) / per_ns_; }
+  uint64_t of_ns(double ns) const { return static_cast<uint64_t>(ns * per_ns_); }
+
+ private:
+  double per_ns_;
+};
+
+void spin_ticks(uint64_t ticks) {
+  const uint64_t begin = __rdtsc();
+  while (__rdtsc() - begin < ticks) ktk::pause_cpu();
+}
+
+void bind(int cpu) {
+  if (ktk::set_thread_affinity(pthread_self(), {cpu}) != 0) throw std::runtime_error("cannot bind a thread");
+}
+
+struct Machine {
+  Ticks ticks;
+  int node = 0;
+  std::vector<int> cpus;  // those that a pool of as many threads is bound to, in its order
+};
+
+// Pools see the CPUs of the thread that makes them.
+void unbind(const Machine &machine) { ktk::set_thread_affinity(pthread_self(), machine.cpus); }
+
+struct Settings {
+  int rounds = 15;
+  double idle_seconds = 10;
+  std::string only;
+  std::string json;
+};
+
+// ---- one cache line, there and back --------------------------------------------------------------
+
+struct alignas(kLineBytes) Line {
+  std::atomic<uint32_t> turn{0};
+};
+
+double round_trip_ns(const Machine &machine, int cpu, int other) {
+  constexpr uint32_t kTrips = 500, kBatches = 60;
+  Line line;
+  std::thread partner([&] {
+    bind(other);
+    for (uint32_t turn = 1; turn < 2 * kTrips * kBatches; turn += 2) {
+      while (line.turn.load(std::memory_order_acquire) != turn) {
+      }
+      line.turn.store(turn + 1, std::memory_order_release);
+    }
+  });
+  bind(cpu);
+  std::vector<double> batches;
+  uint32_t turn = 0;
+  for (uint32_t batch = 0; batch < kBatches; ++batch) {
+    const uint64_t begin = __rdtsc();
+    for (uint32_t trip = 0; trip < kTrips; ++trip) {
+      line.turn.store(++turn, std::memory_order_release);
+      ++turn;
+      while (line.turn.load(std::memory_order_acquire) != turn) {
+      }
+    }
+    batches.push_back(machine.ticks.ns(__rdtsc() - begin) / kTrips);
+  }
+  partner.join();
+  return median(batches);
+}
+
+struct Trips {
+  double min, median;
+};
+
+// Over all pairs of the first `count` CPUs.
+Trips round_trips(const Machine &machine, size_t count) {
+  std::vector<double> pairs;
+  for (size_t a = 0; a < count; ++a)
+    for (size_t b = a + 1; b < count; ++b)
+      pairs.push_back(round_trip_ns(machine, machine.cpus[a], machine.cpus[b]));
+  return {*std::min_element(pairs.begin(), pairs.end()), median(pairs)};
+}
+
+// ---- parallel sections ---------------------------------------------------------------------------
+
+struct Body {
+  uint64_t ticks;  // of work in each unit; 0: empty
+  std::atomic<int64_t> away{0};
+
+  static void unit(void *context, int, int worker, int64_t unit) noexcept {
+    Body &body = *static_cast<Body *>(context);
+    if (body.ticks == 0) return;
+    if (worker != unit) body.away.fetch_add(1, std::memory_order_relaxed);
+    spin_ticks(body.ticks);
+  }
+};
+
+void time_pool(const Machine &machine, int threads, int sections, Body &body, std::vector<double> *into) {
+  unbind(machine);
+  WorkerPool pool({{machine.node, threads}}, true, 1000000000);
+  if (!pool.bind_submitter()) throw std::runtime_error("threads cannot be bound");
+  const int64_t units = threads;
+  for (int i = -sections / 10; i < sections; ++i) {
+    const uint64_t begin = __rdtsc();
+    pool.run(&units, &Body::unit, &body);
+    const uint64_t end = __rdtsc();
+    if (i >= 0) into->push_back(machine.ticks.ns(end - begin));
+    if (i < 0) body.away.store(0);
+  }
+}
+
+void time_openmp(const Machine &machine, int threads, int sections, uint64_t work,
+                 std::vector<double> *into) {
+#pragma omp parallel num_threads(threads)
+  bind(machine.cpus[static_cast<size_t>(omp_get_thread_num())]);
+  for (int i = -sections / 10; i < sections; ++i) {
+    const uint64_t begin = __rdtsc();
+#pragma omp parallel num_threads(threads)
+    {
+      if (work != 0) spin_ticks(work);
+      __asm__ volatile("" ::: "memory");
+    }
+    const uint64_t end = __rdtsc();
+    if (i >= 0) into->push_back(machine.ticks.ns(end - begin));
+  }
+  // Its threads would spin beside what is measured next.
+  omp_pause_resource_all(omp_pause_hard);
+}
+
+std::string sections(const Machine &machine, const Settings &settings) {
+  constexpr int kSections = 2000;
+  constexpr double kWorkNs = 2000;
+  std::string rows;
+  for (size_t threads = 1; threads <= machine.cpus.size(); ++threads) {
+    const int count = static_cast<int>(threads);
+    std::vector<double> empty, empty_openmp, worked, worked_openmp, fastest_trips, trips;
+    Body nothing{0}, work{machine.ticks.of_ns(kWorkNs)};
+    int64_t away = 0;
+    for (int round = 0; round < settings.rounds; ++round) {
+      if (threads > 1) {
+        const Trips pairs = round_trips(machine, threads);
+        fastest_trips.push_back(pairs.min);
+        trips.push_back(pairs.median);
+      }
+      time_pool(machine, count, kSections, nothing, &empty);
+      time_openmp(machine, count, kSections, 0, &empty_openmp);
+      time_pool(machine, count, kSections, work, &worked);
+      away += work.away.load();
+      time_openmp(machine, count, kSections, work.ticks, &worked_openmp);
+    }
+    for (double &ns : worked) ns -= kWorkNs;
+    for (double &ns : worked_openmp) ns -= kWorkNs;
+    Json row;
+    row.number("threads", count)
+        .raw("empty_ns", spread_ns(empty))
+        .raw("openmp_empty_ns", spread_ns(empty_openmp))
+        .raw("hand_over_ns", spread_ns(worked))
+        .raw("openmp_hand_over_ns", spread_ns(worked_openmp))
+        .number("units_taken_over",
+                static_cast<double>(away) / (static_cast<double>(settings.rounds) * kSections * count));
+    std::printf("%2d threads: empty %7.0f ns, with work %7.0f ns; libgomp %7.0f and %7.0f ns", count,
+                median(empty), median(worked), median(empty_openmp), median(worked_openmp));
+    if (threads > 1) {
+      const double bound = median(trips) * std::log2(count);
+      row.number("round_trip_min_ns", *std::min_element(fastest_trips.begin(), fastest_trips.end()))
+          .number("round_trip_median_ns", median(trips))
+          .number("empty_to_round_trips", median(empty) / bound)
+          .number("hand_over_to_round_trips", median(worked) / bound)
+          .number("empty_to_openmp", median(empty) / median(empty_openmp))
+          .number("hand_over_to_openmp", median(worked) / median(worked_openmp));
+      std::printf("; round trip %.0f ns, ratios %.2f and %.2f", median(trips), median(empty) / bound,
+                  median(worked) / bound);
+    }
+    std::printf("\n");
+    rows += (rows.empty() ? "\n  " : ",\n  ") + row.text();
+  }
+  return "[" + rows + "]";
+}
+
+// ---- from submission to the first instruction of a task ------------------------------------------
+
+struct Start {
+  std::atomic<int64_t> at_ns{0};
+  static void run(void *context) {
+    static_cast<Start *>(context)->at_ns.store(now_ns(), std::memory_order_release);
+  }
+  int64_t wait() {
+    for (;;) {
+      const int64_t at = at_ns.exchange(0, std::memory_order_acq_rel);
+      if (at != 0) return at;
+      ktk::pause_cpu();
+    }
+  }
+};
+
+void stay_busy(int64_t ns) {
+  for (const int64_t begin = now_ns(); now_ns() - begin < ns;) ktk::pause_cpu();
+}
+
+// A thread that sleeps on a futex and nothing else.
+class Sleeper {
+ public:
+  explicit Sleeper(int cpu) : thread_([this, cpu] { sleep(cpu); }) {}
+  ~Sleeper() {
+    stop_.store(true);
+    wake();
+    thread_.join();
+  }
+  double latency_ns() {
+    const int64_t begin = now_ns();
+    wake();
+    return static_cast<double>(start_.wait() - begin);
+  }
+
+ private:
+  void wake() {
+    word_.fetch_add(1, std::memory_order_seq_cst);
+    ktk::futex_wake(word_, 1);
+  }
+  void sleep(int cpu) {
+    bind(cpu);
+    for (uint32_t seen = 0; !stop_.load(); ++seen) {
+      while (word_.load(std::memory_order_acquire) == seen) ktk::futex_wait(word_, seen);
+      Start::run(&start_);
+    }
+  }
+
+  std::atomic<uint32_t> word_{0};
+  std::atomic<bool> stop_{false};
+  Start start_;
+  std::thread thread_;
+};
+
+std::string submissions(const Machine &machine, const Settings &settings) {
+  const int samples = settings.rounds * 100;
+  unbind(machine);
+  WorkerPool pool({{machine.node, static_cast<int>(machine.cpus.size())}}, true, -1);
+  TaskQueue queue(pool);
+  Sleeper sleeper(machine.cpus.front());
+  bind(machine.cpus.back());
+  Start start;
+  const auto latency_ns = [&] {
+    const int64_t begin = now_ns();
+    queue.submit({&Start::run, nullptr, &start});
+    return static_cast<double>(start.wait() - begin);
+  };
+  std::vector<double> hot, parked, futex;
+  for (int i = 0; i < samples; ++i) {
+    latency_ns();
+    stay_busy(20000);
+    hot.push_back(latency_ns());
+    // Longer than any spinning.
+    stay_busy(2000000);
+    parked.push_back(latency_ns());
+    stay_busy(2000000);
+    futex.push_back(sleeper.latency_ns());
+  }
+  std::printf("submit to start: hot %.0f ns; parked %.0f ns, futex wake %.0f ns, ratio %.2f\n", median(hot),
+              median(parked), median(futex), median(parked) / median(futex));
+  return Json()
+      .raw("hot_ns", spread_ns(hot))
+      .raw("parked_ns", spread_ns(parked))
+      .raw("futex_wake_ns", spread_ns(futex))
+      .number("parked_to_futex_wake", median(parked) / median(futex))
+      .text();
+}
+
+// ---- idle ----------------------------------------------------------------------------------------
+
+double cpu_seconds() {
+  rusage usage;
+  getrusage(RUSAGE_SELF, &usage);
+  const auto seconds = [](const timeval &time) {
+    return static_cast<double>(time.tv_sec) + 1e-6 * static_cast<double>(time.tv_usec);
+  };
+  return seconds(usage.ru_utime) + seconds(usage.ru_stime);
+}
+
+void empty_unit(void *, int, int, int64_t) noexcept {}
+
+std::string idle(const Machine &machine, const Settings &settings) {
+  unbind(machine);
+  WorkerPool pool({{machine.node, static_cast<int>(machine.cpus.size())}}, true, -1);
+  TaskQueue queue(pool);
+  queue.submit({[](void *context) {
+                  const int64_t units = 100;
+                  static_cast<WorkerPool *>(context)->run(&units, &empty_unit, nullptr);
+                },
+                nullptr, &pool});
+  queue.sync();
+  usleep(50000);
+  const double before = cpu_seconds();
+  const int64_t begin = now_ns();
+  usleep(static_cast<useconds_t>(settings.idle_seconds * 1e6));
+  const double seconds = static_cast<double>(now_ns() - begin) * 1e-9;
+  const double percent = 100 * (cpu_seconds() - before) / seconds;
+  std::printf("idle: %.4f %% of one CPU over %.1f s\n", percent, seconds);
+  return Json().number("seconds", seconds).number("cpu_percent", percent).text();
+}
+
+// ---- reading memory ------------------------------------------------------------------------------
+
+constexpr size_t kBufferBytes = size_t{1} << 30;
+constexpr size_t kSectionBytes = size_t{64} << 20;  // what the experts of one layer may have for one token
+constexpr size_t kUnitBytes = size_t{128} << 10;
+
+std::atomic<uint64_t> checksum{0};
+
+__attribute__((noinline)) void read_bytes(const char *data, size_t bytes) {
+  __m128i sums[4] = {};
+  for (size_t i = 0; i < bytes; i += 64) {
+    for (size_t j = 0; j < 4; ++j)
+      sums[j] = _mm_xor_si128(sums[j], _mm_load_si128(reinterpret_cast<const __m128i *>(data + i + 16 * j)));
+  }
+  const __m128i sum = _mm_xor_si128(_mm_xor_si128(sums[0], sums[1]), _mm_xor_si128(sums[2], sums[3]));
+  if (_mm_cvtsi128_si64(sum) == 1) checksum.fetch_add(1, std::memory_order_relaxed);
+}
+
+// Threads that read their shares without a word to each other, the best that a pool can come to.
+double probe_bytes_per_ns(const Machine &machine, const char *data) {
+  const size_t count = machine.cpus.size(), share = kBufferBytes / count / 64 * 64;
+  std::atomic<size_t> ready{0};
+  std::atomic<bool> go{false};
+  std::vector<int64_t> ends(count);
+  std::vector<std::thread> threads;
+  for (size_t t = 0; t < count; ++t) {
+    threads.emplace_back([&, t] {
+      bind(machine.cpus[t]);
+      ready.fetch_add(1);
+      while (!go.load(std::memory_order_acquire)) ktk::pause_cpu();
+      read_bytes(data + t * share, share);
+      ends[t] = now_ns();
+    });
+  }
+  while (ready.load() != count) sched_yield();
+  const int64_t begin = now_ns();
+  go.store(true, std::memory_order_release);
+  for (std::thread &thread : threads) thread.join();
+  return static_cast<double>(share * count) /
+         static_cast<double>(*std::max_element(ends.begin(), ends.end()) - begin);
+}
+
+double pool_bytes_per_ns(WorkerPool &pool, const char *data) {
+  const int64_t units = kSectionBytes / kUnitBytes;
+  const int64_t begin = now_ns();
+  for (size_t at = 0; at < kBufferBytes; at += kSectionBytes) {
+    const char *part = data + at;
+    pool.run(
+        &units,
+        [](void *context, int, int, int64_t unit) noexcept {
+          read_bytes(*static_cast<const char **>(context) + static_cast<size_t>(unit) * kUnitBytes,
+                     kUnitBytes);
+        },
+        &part);
+  }
+  return static_cast<double>(kBufferBytes) / static_cast<double>(now_ns() - begin);
+}
+
+std::string reading(const Machine &machine, const Settings &settings) {
+  unbind(machine);
+  ktk::NodeBuffer buffer(kBufferBytes, machine.node, true);
+  std::memset(buffer.data(), 2, buffer.size());
+  WorkerPool pool({{machine.node, static_cast<int>(machine.cpus.size())}}, true, -1);
+  pool.bind_submitter();
+  std::vector<double> probe, pooled, ratios;
+  for (int round = 0; round < settings.rounds; ++round) {
+    probe.push_back(probe_bytes_per_ns(machine, buffer.data()));
+    pooled.push_back(pool_bytes_per_ns(pool, buffer.data()));
+    ratios.push_back(pooled.back() / probe.back());
+  }
+  std::printf("reading: probe %.2f GB/s, pool %.2f GB/s, median ratio %.3f\n", median(probe), median(pooled),
+              median(ratios));
+  return Json()
+      .number("buffer_bytes", kBufferBytes)
+      .number("section_bytes", kSectionBytes)
+      .number("probe_gb_per_s", median(probe))
+      .number("pool_gb_per_s", median(pooled))
+      .number("best_probe_gb_per_s", *std::max_element(probe.begin(), probe.end()))
+      .number("best_pool_gb_per_s", *std::max_element(pooled.begin(), pooled.end()))
+      .number("pool_to_probe", median(ratios))
+      .text();
+}
+
+// ---- more threads than CPUs ----------------------------------------------------------------------
+
+constexpr int kLayers = 48, kUnitsPerCpu = 16, kLoops = 2500;
+
+// Work that takes CPU time, not time by the clock.
+void compute_unit(void *, int, int, int64_t) noexcept {
+  uint64_t value = 1;
+  for (int i = 0; i < kLoops; ++i) {
+    value = value * 6364136223846793005u + 1442695040888963407u;
+    __asm__ volatile("" : "+r"(value));
+  }
+}
+
+struct Step {
+  WorkerPool *pool;
+  int64_t units;
+  static void run(void *context) {
+    const Step &step = *static_cast<Step *>(context);
+    // Two sections a layer: gate and up, and down.
+    for (int section = 0; section < 2 * kLayers; ++section)
+      step.pool->run(&step.units, &compute_unit, nullptr);
+  }
+};
+
+// One decode step as an engine takes it: a task for the queue, for which the host waits.
+void time_steps(const Machine &machine, int threads, int steps, std::vector<double> *into) {
+  unbind(machine);
+  WorkerPool pool({{machine.node, threads}}, true, -1);
+  TaskQueue queue(pool);
+  Step step{&pool, static_cast<int64_t>(machine.cpus.size()) * kUnitsPerCpu};
+  for (int i = -1; i < steps; ++i) {
+    const int64_t begin = now_ns();
+    queue.submit({&Step::run, nullptr, &step});
+    queue.sync();
+    if (i >= 0) into->push_back(static_cast<double>(now_ns() - begin));
+  }
+}
+
+// Processes that compute on every CPU, as long as this object lives.
+class Burners {
+ public:
+  explicit Burners(const Machine &machine) {
+    for (const int cpu : machine.cpus) {
+      const pid_t child = fork();
+      if (child == 0) {
+        ktk::set_thread_affinity(pthread_self(), {cpu});
+        for (;;) compute_unit(nullptr, 0, 0, 0);
+      }
+      if (child > 0) children_.push_back(child);
+    }
+  }
+  ~Burners() {
+    for (const pid_t child : children_) {
+      kill(child, SIGKILL);
+      waitpid(child, nullptr, 0);
+    }
+  }
+
+ private:
+  std::vector<pid_t> children_;
+};
+
+std::string crowds(const Machine &machine, const Settings &settings) {
+  const int cpus = static_cast<int>(machine.cpus.size());
+  std::vector<double> normal, twice, beside;
+  for (int round = 0; round < settings.rounds; ++round) {
+    time_steps(machine, cpus, 10, &normal);
+    time_steps(machine, 2 * cpus, 10, &twice);
+    const Burners burners(machine);
+    time_steps(machine, cpus, 5, &beside);
+  }
+  std::printf(
+      "steps: %d threads %.2f ms; %d threads %.2f ms, ratio %.2f; beside %d busy processes %.2f ms, ratio "
+      "%.2f\n",
+      cpus, median(normal) * 1e-6, 2 * cpus, median(twice) * 1e-6, median(twice) / median(normal), cpus,
+      median(beside) * 1e-6, median(beside) / median(normal));
+  return Json()
+      .number("sections", 2 * kLayers)
+      .raw("as_many_threads_as_cpus_ns", spread_ns(normal))
+      .raw("twice_as_many_ns", spread_ns(twice))
+      .raw("beside_busy_processes_ns", spread_ns(beside))
+      .number("twice_to_normal", median(twice) / median(normal))
+      .number("busy_to_normal", median(beside) / median(normal))
+      .text();
+}
+
+// ---- the program ---------------------------------------------------------------------------------
+
+std::string cpu_model() {
+  std::ifstream file("/proc/cpuinfo");
+  for (std::string line; std::getline(file, line);)
+    if (line.compare(0, 10, "model name") == 0) return line.substr(line.find(':') + 2);
+  return "";
+}
+
+// Processes that ran or wanted to in the last minute, ours included.
+std::string load_average() {
+  double load = 0;
+  return getloadavg(&load, 1) == 1 ? std::to_string(load) : "null";
+}
+
+Settings parse(int count, char **arguments) {
+  Settings settings;
+  for (int i = 1; i + 1 < count; i += 2) {
+    const std::string name = arguments[i];
+    if (name == "--rounds")
+      settings.rounds = std::max(1, std::atoi(arguments[i + 1]));
+    else if (name == "--idle-seconds")
+      settings.idle_seconds = std::atof(arguments[i + 1]);
+    else if (name == "--only")
+      settings.only = arguments[i + 1];
+    else if (name == "--json")
+      settings.json = arguments[i + 1];
+    else
+      throw std::runtime_error(
+          name + " is no option; use --rounds N, --idle-seconds S, --only PART and --json FILE");
+  }
+  if (count % 2 == 0) throw std::runtime_error("each option takes a value");
+  return settings;
+}
+
+int run(int count, char **arguments) {
+  const Settings settings = parse(count, arguments);
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  Machine machine;
+  const Topology topology = Topology::read();
+  const Topology::Node &node = *topology.find(topology.nodes_with_cpus().front());
+  machine.node = node.id;
+  machine.cpus = node.cpus;
+  std::printf("%s, CPUs of node %d:", cpu_model().c_str(), node.id);
+  for (const int cpu : node.cpus) std::printf(" %d", cpu);
+  std::printf("\n");
+
+  const std::string load_before = load_average();
+  Json report;
+  report.string("cpu", cpu_model())
+      .number("cpus", static_cast<double>(node.cpus.size()))
+      .number("cores", node.physical_cores)
+      .number("rounds", settings.rounds);
+  std::string text = "{\"machine\": " + report.text();
+  const std::pair<const char *, std::string (*)(const Machine &, const Settings &)> parts[] = {
+      {"sections", &sections},
+      {"submit_to_start", &submissions},
+      {"reading", &reading},
+      {"oversubscription", &crowds},
+      {"idle", &idle}};
+  for (const auto &[name, measure] : parts) {
+    if (settings.only.empty() || settings.only == name)
+      text += ",\n \"" + std::string(name) + "\": " + measure(machine, settings);
+  }
+  text += ",\n \"load_average\": [" + load_before + ", " + load_average() + "]";
+  text += "}\n";
+  if (!settings.json.empty() && !(std::ofstream(settings.json) << text))
+    throw std::runtime_error("cannot write " + settings.json);
+  return 0;
+}
+
+}  // namespace
+
+int main(int count, char **arguments) {
+  // libgomp reads its environment before main.
+  if (std::getenv("GOMP_SPINCOUNT") == nullptr) {
+    setenv("GOMP_SPINCOUNT", "infinite", 1);
+    unsetenv("OMP_WAIT_POLICY");
+    execv("/proc/self/exe", arguments);
+  }
+  try {
+    return run(count, arguments);
+  } catch (const std::exception &error) {
+    std::fprintf(stderr, "pool_bench: %s\n", error.what());
+    return 1;
+  }
+}
