@@ -73,8 +73,7 @@ def shared_cpu_infer(
         count = checked_int(
             "threadpool_count", len(nodes or ()) if threadpool_count is None else threadpool_count, 1
         )
-        nodes = list(range(count)) if nodes is None else nodes
-        if len(nodes) != count:
+        if nodes is not None and len(nodes) != count:
             raise KtkArgumentError(
                 f"numa_nodes must name one node for each of the {count} subpools (threadpool_count), "
                 f"got {nodes}"
@@ -87,7 +86,7 @@ def shared_cpu_infer(
         share, remainder = divmod(threads, count)
         config = WorkerPoolConfig(
             subpool_count=count,
-            subpool_numa_map=nodes,
+            subpool_numa_map=nodes or [],
             subpool_thread_count=[share + (index < remainder) for index in range(count)],
         )
     key = (tuple(config.subpool_numa_map), tuple(config.subpool_thread_count))

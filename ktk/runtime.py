@@ -109,7 +109,7 @@ class WorkerPoolConfig:
     subpool_count : int, default 1
         Number of subpools. A layer is split over them along its intermediate size.
     subpool_numa_map : sequence of int, optional
-        NUMA node of each subpool; default: 0, 1, 2 ...
+        NUMA node of each subpool; default: the first nodes that have usable CPUs.
     subpool_thread_count : sequence of int, optional
         Threads of each subpool, each at least 1; default: 1 each.
     bind_threads : bool, default True
@@ -177,14 +177,14 @@ class WorkerPoolConfig:
             raise TypeError(f"subpool_count must be an int, got {type(count).__name__}")
         if count < 1:
             raise KtkArgumentError(f"subpool_count must be at least 1, got {count}")
-        nodes = _one_each("subpool_numa_map", self.subpool_numa_map, count, range(count))
-        threads = _one_each("subpool_thread_count", self.subpool_thread_count, count, [1] * count)
+        nodes = _one_each("subpool_numa_map", self.subpool_numa_map, count) or None
+        threads = _one_each("subpool_thread_count", self.subpool_thread_count, count) or [1] * count
         return _native.Pool(threads, nodes, self.bind_threads, -1 if self.spin_ns is None else self.spin_ns)
 
 
-def _one_each(name: str, values: Sequence[int], count: int, default: Sequence[int]) -> list[int]:
-    chosen = list(values) or list(default)
-    if len(chosen) != count:
+def _one_each(name: str, values: Sequence[int], count: int) -> list[int]:
+    chosen = list(values)
+    if chosen and len(chosen) != count:
         raise KtkArgumentError(f"{name} has {len(chosen)} elements; subpool_count = {count} needs {count}")
     return chosen
 

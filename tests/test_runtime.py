@@ -117,6 +117,15 @@ def test_nodes_without_usable_cpus_get_no_threads(monkeypatch: pytest.MonkeyPatc
     assert WorkerPoolConfig.from_threads(4).subpool_numa_map == [1]
 
 
+def test_nodes_that_nobody_names() -> None:
+    with WorkerPoolConfig().make_pool() as pool, WorkerPoolConfig(len(NODES)).make_pool() as wide:
+        assert (pool.subpool_count, wide.subpool_count) == (1, len(NODES))
+    with pytest.raises(
+        KtkArgumentError, match=f"{len(NODES) + 1} subpools, but this machine has node {NODES[0]}"
+    ):
+        WorkerPoolConfig(len(NODES) + 1).make_pool()
+
+
 def test_fields_may_be_set_one_by_one() -> None:
     made = WorkerPoolConfig()
     made.subpool_count = 2

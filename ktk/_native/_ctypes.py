@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from ktk import _library
-from ktk._native import _checks, _tasks
+from ktk._native import _checks, _handles, _tasks
 from ktk.errors import KtkError, error_from_status
 
 if TYPE_CHECKING:
@@ -288,6 +288,10 @@ class _Native:
     _handle: int | None = None
 
     def __init__(self) -> None:
+        self._forget_calls()
+        _handles.watch(self)
+
+    def _forget_calls(self) -> None:
         self._calls = 0
         self._lock = threading.Lock()
 

@@ -11,7 +11,7 @@ from libc.stdlib cimport free, malloc
 from posix.unistd cimport usleep
 
 from ktk._native cimport ktk as c
-from ktk._native import _checks, _tasks
+from ktk._native import _checks, _handles, _tasks
 from ktk.errors import error_from_status
 
 HEADER_ABI_VERSION = c.KTK_ABI_VERSION
@@ -201,6 +201,10 @@ cdef class Pool:
             free(numbers)
         _check(status)
         self.handle = handle
+        _handles.watch(self)
+
+    def _forget_calls(self):
+        self.calls = 0
 
     def __dealloc__(self):
         cdef c.ktk_pool *handle = self.handle
@@ -312,7 +316,11 @@ cdef class Moe:
         finally:
             owner.calls -= 1
         self.handle = handle
+        _handles.watch(self)
         self.pool = owner
+
+    def _forget_calls(self):
+        self.calls = 0
 
     def __dealloc__(self):
         cdef c.ktk_moe *handle = self.handle
@@ -488,9 +496,13 @@ cdef class Queue:
         finally:
             owner.calls -= 1
         self.handle = handle
+        _handles.watch(self)
         self.pool = owner
         self.tasks = _tasks.QueueTasks()
         _open_queues.add(self)
+
+    def _forget_calls(self):
+        self.calls = 0
 
     def __dealloc__(self):
         cdef c.ktk_queue *handle = self.handle
@@ -690,6 +702,10 @@ cdef class Trace:
             status = c.ktk_trace_start(spans, &handle)
         _check(status)
         self.handle = handle
+        _handles.watch(self)
+
+    def _forget_calls(self):
+        self.calls = 0
 
     def __dealloc__(self):
         cdef c.ktk_trace *handle = self.handle

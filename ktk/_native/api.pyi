@@ -70,7 +70,7 @@ class Pool:
     subpool_thread_count : sequence of int
         Threads of each subpool, at least 1.
     subpool_numa_map : sequence of int, optional
-        NUMA node of each subpool; default: 0, 1, 2 ...
+        NUMA node of each subpool; default: the first nodes with usable CPUs.
     bind_threads : bool
         Binds each thread to one CPU where the node has enough of them.
     spin_ns : int

@@ -28,9 +28,11 @@
 #include <utility>
 #include <vector>
 
+#include "report.h"
 #include "runtime/memory.h"
 #include "runtime/task_queue.h"
 #include "runtime/topology.h"
+#include "runtime/trace.h"
 #include "runtime/wait.h"
 #include "runtime/worker_pool.h"
 
@@ -39,46 +41,11 @@ using ktk::now_ns;
 using ktk::TaskQueue;
 using ktk::Topology;
 using ktk::WorkerPool;
+using namespace ktk_bench;
 
 namespace {
 
-// ---- numbers -------------------------------------------------------------------------------------
-
-double quantile(std::vector<double> &values, double at) {
-  const auto index = static_cast<size_t>(at * static_cast<double>(values.size() - 1));
-  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(index), values.end());
-  return values[index];
-}
-
-double median(std::vector<double> values) { return quantile(values, 0.5); }
-
-class Json {
- public:
-  Json &number(const std::string &key, double value) {
-    char text[32];
-    std::snprintf(text, sizeof(text), "%.6g", value);
-    return raw(key, text);
-  }
-  Json &string(const std::string &key, const std::string &value) { return raw(key, '"' + value + '"'); }
-  Json &raw(const std::string &key, const std::string &value) {
-    body_ += (body_.empty() ? "" : ", ") + ('"' + key + "\": ") + value;
-    return *this;
-  }
-  std::string text() const { return '{' + body_ + '}'; }
-
- private:
-  std::string body_;
-};
-
-std::string spread_ns(std::vector<double> values) {
-  return Json()
-      .number("samples", static_cast<double>(values.size()))
-      .number("min", *std::min_element(values.begin(), values.end()))
-      .number("median", quantile(values, 0.5))
-      .number("p90", quantile(values, 0.9))
-      .number("p99", quantile(values, 0.99))
-      .text();
-}
+// ---- set-up --------------------------------------------------------------------------------------
 
 // A clock that costs a few nanoseconds; calibrated against the system's.
 class Ticks {
@@ -240,10 +207,10 @@ std::string sections(const Machine &machine, const Settings &settings) {
     for (double &ns : worked_openmp) ns -= kWorkNs;
     Json row;
     row.number("threads", count)
-        .raw("empty_ns", spread_ns(empty))
-        .raw("openmp_empty_ns", spread_ns(empty_openmp))
-        .raw("hand_over_ns", spread_ns(worked))
-        .raw("openmp_hand_over_ns", spread_ns(worked_openmp))
+        .raw("empty_ns", spread(empty))
+        .raw("openmp_empty_ns", spread(empty_openmp))
+        .raw("hand_over_ns", spread(worked))
+        .raw("openmp_hand_over_ns", spread(worked_openmp))
         .number("units_taken_over",
                 static_cast<double>(away) / (static_cast<double>(settings.rounds) * kSections * count));
     std::printf("%2d threads: empty %7.0f ns, with work %7.0f ns; libgomp %7.0f and %7.0f ns", count,
@@ -346,9 +313,9 @@ std::string submissions(const Machine &machine, const Settings &settings) {
   std::printf("submit to start: hot %.0f ns; parked %.0f ns, futex wake %.0f ns, ratio %.2f\n", median(hot),
               median(parked), median(futex), median(parked) / median(futex));
   return Json()
-      .raw("hot_ns", spread_ns(hot))
-      .raw("parked_ns", spread_ns(parked))
-      .raw("futex_wake_ns", spread_ns(futex))
+      .raw("hot_ns", spread(hot))
+      .raw("parked_ns", spread(parked))
+      .raw("futex_wake_ns", spread(futex))
       .number("parked_to_futex_wake", median(parked) / median(futex))
       .text();
 }
@@ -547,28 +514,40 @@ std::string crowds(const Machine &machine, const Settings &settings) {
       median(beside) * 1e-6, median(beside) / median(normal));
   return Json()
       .number("sections", 2 * kLayers)
-      .raw("as_many_threads_as_cpus_ns", spread_ns(normal))
-      .raw("twice_as_many_ns", spread_ns(twice))
-      .raw("beside_busy_processes_ns", spread_ns(beside))
+      .raw("as_many_threads_as_cpus_ns", spread(normal))
+      .raw("twice_as_many_ns", spread(twice))
+      .raw("beside_busy_processes_ns", spread(beside))
       .number("twice_to_normal", median(twice) / median(normal))
       .number("busy_to_normal", median(beside) / median(normal))
       .text();
 }
 
+// ---- spans of a trace ----------------------------------------------------------------------------
+
+// What one place costs that a trace could record, while nothing is traced and while something is.
+double span_ns(const Machine &machine) {
+  constexpr int kSpans = 20000;
+  const uint64_t begin = __rdtsc();
+  for (int i = 0; i < kSpans; ++i) {
+    const ktk::SpanScope span({}, {}, 1);
+    __asm__ volatile("" ::: "memory");
+  }
+  return machine.ticks.ns(__rdtsc() - begin) / kSpans;
+}
+
+std::string spans(const Machine &machine, const Settings &settings) {
+  std::vector<double> off, on;
+  for (int round = 0; round < 20 * settings.rounds; ++round) {
+    off.push_back(span_ns(machine));
+    const ktk::Trace trace(0);
+    span_ns(machine);  // touches the ring's memory
+    on.push_back(span_ns(machine));
+  }
+  std::printf("a span: not traced %.2f ns, traced %.1f ns\n", median(off), median(on));
+  return Json().raw("off_ns", spread(off)).raw("on_ns", spread(on)).text();
+}
+
 // ---- the program ---------------------------------------------------------------------------------
-
-std::string cpu_model() {
-  std::ifstream file("/proc/cpuinfo");
-  for (std::string line; std::getline(file, line);)
-    if (line.compare(0, 10, "model name") == 0) return line.substr(line.find(':') + 2);
-  return "";
-}
-
-// Processes that ran or wanted to in the last minute, ours included.
-std::string load_average() {
-  double load = 0;
-  return getloadavg(&load, 1) == 1 ? std::to_string(load) : "null";
-}
 
 Settings parse(int count, char **arguments) {
   Settings settings;
@@ -610,11 +589,9 @@ int run(int count, char **arguments) {
       .number("rounds", settings.rounds);
   std::string text = "{\"machine\": " + report.text();
   const std::pair<const char *, std::string (*)(const Machine &, const Settings &)> parts[] = {
-      {"sections", &sections},
-      {"submit_to_start", &submissions},
-      {"reading", &reading},
-      {"oversubscription", &crowds},
-      {"idle", &idle}};
+      {"sections", &sections}, {"submit_to_start", &submissions},
+      {"reading", &reading},   {"oversubscription", &crowds},
+      {"spans", &spans},       {"idle", &idle}};
   for (const auto &[name, measure] : parts) {
     if (settings.only.empty() || settings.only == name)
       text += ",\n \"" + std::string(name) + "\": " + measure(machine, settings);

@@ -94,7 +94,7 @@ typedef struct ktk_pool ktk_pool;
 typedef struct ktk_pool_config {
   uint32_t struct_size;
   int32_t subpool_count;               /* 1 .. number of NUMA nodes with CPUs, or more on one node */
-  const int32_t *subpool_numa_map;     /* [subpool_count] node ids; NULL: 0, 1, 2 ... */
+  const int32_t *subpool_numa_map;     /* [subpool_count] node ids; NULL: the first that have CPUs */
   const int32_t *subpool_thread_count; /* [subpool_count] threads, each at least 1 */
   int32_t bind_threads;                /* non-zero: bind each worker to one CPU where there are enough */
   int64_t spin_ns;                     /* idle spinning before a worker parks; negative: the default */

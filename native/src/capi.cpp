@@ -14,6 +14,7 @@
 #include "engine/scratch.h"
 #include "ktk.h"
 #include "runtime/cuda_shim.h"
+#include "runtime/fork.h"
 #include "runtime/task_queue.h"
 #include "runtime/topology.h"
 #include "runtime/trace.h"
@@ -23,11 +24,19 @@ struct ktk_pool {
 };
 
 // Outlives ktk_moe_destroy where a captured CUDA graph may still name it, then without the layer.
-struct MoeShell {
+struct MoeShell : private ktk::ForkListener {
   std::mutex mutex;
   std::condition_variable idle;
   int64_t pending = 0;
   std::unique_ptr<ktk::Moe> moe;
+
+ private:
+  // What was pending stays with the parent.
+  void after_fork_in_child() noexcept override {
+    new (&mutex) std::mutex();
+    new (&idle) std::condition_variable();
+    pending = 0;
+  }
 };
 
 struct ktk_moe {
@@ -89,8 +98,12 @@ T read_struct(const T *caller, const char *name) {
 struct ForwardTask {
   std::shared_ptr<MoeShell> shell;
   ktk_forward_args args;
-  bool counted;  // among the layer's pending tasks from submission on
+  bool captured;     // by a CUDA graph, which may replay it: pending only while it runs
+  uint32_t process;  // in which it was submitted
 
+  // Among the layer's pending tasks from submission on. After a fork inside a task, the queue's thread runs
+  // tasks in the child that the child has not counted.
+  bool counted() const { return !captured && process == ktk::process_number(); }
   static void enter(MoeShell &shell) {
     const std::lock_guard<std::mutex> lock(shell.mutex);
     if (shell.moe == nullptr)
@@ -104,13 +117,14 @@ struct ForwardTask {
 
   static void run(void *context) {
     const auto &task = *static_cast<ForwardTask *>(context);
-    if (!task.counted) enter(*task.shell);
+    const bool entering = !task.counted();
+    if (entering) enter(*task.shell);
     struct Leave {
       MoeShell *shell;
       ~Leave() {
         if (shell != nullptr) leave(*shell);
       }
-    } leave_at_end{task.counted ? nullptr : task.shell.get()};
+    } leave_at_end{entering ? task.shell.get() : nullptr};
     try {
       task.shell->moe->forward(task.args);
     } catch (...) {
@@ -120,7 +134,7 @@ struct ForwardTask {
   }
   static void done(void *context) {
     const std::unique_ptr<ForwardTask> task(static_cast<ForwardTask *>(context));
-    if (task->counted) leave(*task->shell);
+    if (task->counted()) leave(*task->shell);
   }
 };
 
@@ -128,12 +142,12 @@ template <typename Submit>
 void submit_forward(ktk_moe *moe, const ktk_forward_args *args, bool captured, Submit submit) {
   const ktk_forward_args copy = read_struct(args, "args");
   at(moe, "moe")->check(copy);
-  auto task = std::make_unique<ForwardTask>(ForwardTask{moe->shell, copy, !captured});
-  if (task->counted) ForwardTask::enter(*moe->shell);
+  auto task = std::make_unique<ForwardTask>(ForwardTask{moe->shell, copy, captured, ktk::process_number()});
+  if (!captured) ForwardTask::enter(*moe->shell);
   try {
     submit(ktk::Task{ForwardTask::run, ForwardTask::done, task.get()});
   } catch (...) {
-    if (task->counted) ForwardTask::leave(*moe->shell);
+    if (!captured) ForwardTask::leave(*moe->shell);
     throw;
   }
   task.release();
@@ -229,11 +243,12 @@ ktk_status ktk_pool_create(const ktk_pool_config *config, ktk_pool **pool) {
     const ktk_pool_config copy = read_struct(config, "config");
     require(copy.subpool_count > 0, "subpool_count must be positive, got ", copy.subpool_count);
     require(copy.subpool_thread_count != nullptr, "subpool_thread_count is null");
+    const std::vector<int> nodes =
+        copy.subpool_numa_map != nullptr
+            ? std::vector<int>(copy.subpool_numa_map, copy.subpool_numa_map + copy.subpool_count)
+            : ktk::Topology::read().first_nodes(copy.subpool_count);
     std::vector<ktk::SubpoolConfig> subpools;
-    for (int32_t i = 0; i < copy.subpool_count; i++) {
-      subpools.push_back(
-          {copy.subpool_numa_map != nullptr ? copy.subpool_numa_map[i] : i, copy.subpool_thread_count[i]});
-    }
+    for (size_t i = 0; i < nodes.size(); i++) subpools.push_back({nodes[i], copy.subpool_thread_count[i]});
     auto context =
         std::make_shared<ktk::PoolContext>(std::move(subpools), copy.bind_threads != 0, copy.spin_ns);
     at(pool, "pool") = new ktk_pool{std::move(context)};

@@ -16,6 +16,16 @@
 #ifndef KTK_TEST_TSAN
 #define KTK_TEST_TSAN 0
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+#define KTK_TEST_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define KTK_TEST_ASAN 1
+#endif
+#endif
+#ifndef KTK_TEST_ASAN
+#define KTK_TEST_ASAN 0
+#endif
 
 namespace ktk_test {
 

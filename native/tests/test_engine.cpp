@@ -1,8 +1,13 @@
 // The whole library through its C ABI, on every instruction set that runs here: small layers with tails, so
 // that sanitizers see every kernel, and the guarantees that need no reference.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <string>
 #include <thread>
@@ -212,3 +217,98 @@ TEST(parts_travel_between_shardings) {
     }
   }
 }
+
+TEST(nodes_that_nobody_names) {
+  ktk_pool_config config = {};
+  const int32_t threads[] = {1, 1};
+  config.struct_size = sizeof(config);
+  config.subpool_count = 1;
+  config.subpool_thread_count = threads;
+  ktk_pool *pool = nullptr;
+  ok(ktk_pool_create(&config, &pool));
+  ok(ktk_pool_destroy(pool));
+}
+
+// ThreadSanitizer refuses threads in the child of a process with threads.
+#if !KTK_TEST_TSAN
+struct Held {
+  std::atomic<bool> running{false};
+  std::atomic<bool> open{false};
+  static int32_t wait(void *context) {
+    auto &held = *static_cast<Held *>(context);
+    held.running = true;
+    while (!held.open) usleep(100);
+    return 0;
+  }
+};
+
+TEST(layers_with_forwards_pending_at_a_fork) {
+  const Pool pool({2});
+  auto layer = std::make_unique<Layer>(pool, kForms[1], nullptr);
+  Batch expected(8), queued(8), inside(8);
+  ok(ktk_moe_forward(layer->handle, &expected.args));
+  ktk_queue *queue = nullptr;
+  ok(ktk_queue_create(pool.handle, &queue));
+  Held held;
+  ok(ktk_queue_submit(queue, &Held::wait, &held));
+  ok(ktk_queue_submit_forward(queue, layer->handle, &queued.args));
+  while (!held.running) usleep(100);
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(20);
+    const int before = ktk_test::failures();
+    ok(ktk_queue_submit_forward(queue, layer->handle, &inside.args));
+    ok(ktk_queue_sync(queue, 0));
+    CHECK(inside == expected);
+    // What waits in the parent is no reason to wait here.
+    layer.reset();
+    ok(ktk_queue_destroy(queue));
+    _exit(ktk_test::failures() == before ? 0 : 1);
+  }
+  int status = -1;
+  CHECK_EQUAL(waitpid(child, &status, 0), child);
+  CHECK_EQUAL(status, 0);
+  held.open = true;
+  ok(ktk_queue_sync(queue, 0));
+  CHECK(queued == expected);
+  ok(ktk_queue_destroy(queue));
+}
+
+TEST(fork_inside_a_task_before_a_forward) {
+  const Pool pool({1});
+  auto layer = std::make_unique<Layer>(pool, kForms[1], nullptr);
+  Batch expected(8), queued(8);
+  ok(ktk_moe_forward(layer->handle, &expected.args));
+  ktk_queue *queue = nullptr;
+  ok(ktk_queue_create(pool.handle, &queue));
+  // The queue's thread goes on in the child, as its only one, and meets the forward there too.
+  struct Fork {
+    std::atomic<pid_t> child{-1};
+    Held gate;
+    static int32_t run(void *context) {
+      auto &self = *static_cast<Fork *>(context);
+      Held::wait(&self.gate);
+      const pid_t child = fork();
+      if (child == 0) alarm(20);
+      self.child = child;
+      return 0;
+    }
+  } forking;
+  ok(ktk_queue_submit(queue, &Fork::run, &forking));
+  ok(ktk_queue_submit_forward(queue, layer->handle, &queued.args));
+  const auto end = [](void *context) -> int32_t {
+    const auto &self = *static_cast<Fork *>(context);
+    if (self.child == 0) _exit(7);
+    return 0;
+  };
+  ok(ktk_queue_submit(queue, end, &forking));
+  forking.gate.open = true;
+  ok(ktk_queue_sync(queue, 0));
+  int status = -1;
+  CHECK_EQUAL(waitpid(forking.child, &status, 0), forking.child.load());
+  CHECK_EQUAL(WEXITSTATUS(status), 7);
+  CHECK(queued == expected);
+  layer.reset();
+  ok(ktk_queue_destroy(queue));
+}
+#endif

@@ -135,6 +135,21 @@ TEST(node_without_cpus_and_node_without_memory) {
   CHECK_EQUAL(topology.describe(), "node 0: 8 CPUs on 4 cores, node 2: no CPUs, node 5: no CPUs");
 }
 
+TEST(nodes_that_nobody_names) {
+  Machine machine;
+  make_laptop(machine);
+  machine.online_nodes("0-3");
+  machine.node(0, "", 1000);
+  machine.node(1, "0-3", 1000);
+  machine.node(2, "", 1000);
+  machine.node(3, "4-7", 1000);
+  const Topology topology = Topology::read(machine.root());
+  CHECK_EQUAL(show(topology.first_nodes(1)), "1");
+  CHECK_EQUAL(show(topology.first_nodes(2)), "1 3");
+  CHECK_THROWS(KTK_ERR_ARGUMENT, "3 subpools, but this machine has node 0: no CPUs, node 1: 4 CPUs",
+               topology.first_nodes(3));
+}
+
 TEST(offline_cpu) {
   Machine machine;
   make_dual_socket(machine);

@@ -28,6 +28,7 @@ FORMATS = {
     "int8": (_native.FORMAT_INT8, 0),
     "int4": (_native.FORMAT_INT4, 64),
 }
+PACKED_PARTS = range(_native.PART_GATE_UP_WEIGHT, _native.PART_DOWN_ZERO + 1)
 PAGE = os.sysconf("SC_PAGE_SIZE")
 MOVE_PAGES = 279  # x86-64
 
@@ -150,7 +151,7 @@ def placed(nodes: list[int], threads_each: int) -> dict[str, Any]:
             hashed = outputs(cpu, moe)
             report["threads"] = threads()
             report["formats"][format] = {
-                "weight_bytes": moe.weight_bytes,
+                "packed_bytes": EXPERTS * sum(moe.part_bytes(part) for part in PACKED_PARTS),
                 "weights": growth(before, loaded),
                 "scratch": growth(loaded, placed_bytes()),
                 "outputs": hashed,

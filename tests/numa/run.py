@@ -263,7 +263,7 @@ def check_memory(
             checks.that(not remote, f"{where}: {kind} for node {wanted} lie on {remote}")
     for node in set(fit):
         size = part["weights"].get(str(node), {}).get(str(node), 0)
-        share = part["weight_bytes"] * nodes.count(node) / len(nodes)
+        share = part["packed_bytes"] * nodes.count(node) / len(nodes)
         checks.that(
             size >= share, f"{where}: {size} bytes of weights on node {node}, expected at least {share:.0f}"
         )

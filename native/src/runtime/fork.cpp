@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <atomic>
 #include <mutex>
 #include <new>
 
@@ -12,8 +13,11 @@ namespace {
 
 std::mutex registry_mutex;
 ForkListener *first_listener = nullptr;
+std::atomic<uint32_t> number{0};
 
 }  // namespace
+
+uint32_t process_number() noexcept { return number.load(std::memory_order_relaxed); }
 
 ForkListener::ForkListener() {
   static const int failure = pthread_atfork(&prepare, &in_parent, &in_child);
@@ -35,6 +39,7 @@ void ForkListener::prepare() noexcept { registry_mutex.lock(); }
 void ForkListener::in_parent() noexcept { registry_mutex.unlock(); }
 
 void ForkListener::in_child() noexcept {
+  number.fetch_add(1, std::memory_order_relaxed);
   for (ForkListener *listener = first_listener; listener != nullptr; listener = listener->next_)
     listener->after_fork_in_child();
   registry_mutex.unlock();

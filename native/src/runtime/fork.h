@@ -1,7 +1,13 @@
 // What has to happen in the child of a fork: threads do not survive it, locks may be held by nobody.
 #pragma once
 
+#include <cstdint>
+
 namespace ktk {
+
+// Changes with each fork from which this process descends, as far as a ForkListener has ever lived: what was
+// begun under another number is the business of a parent.
+uint32_t process_number() noexcept;
 
 // An object that is told, in the child and before fork() returns there, that only the forking thread
 // is left. Registered from construction to destruction.

@@ -17,6 +17,7 @@
 #include <sstream>
 #include <utility>
 
+#include "core/status.h"
 #include "runtime/cuda_shim.h"
 
 namespace ktk {
@@ -377,6 +378,14 @@ std::vector<int> Topology::nodes_with_cpus() const {
   for (const Node &node : nodes) {
     if (!node.cpus.empty()) ids.push_back(node.id);
   }
+  return ids;
+}
+
+std::vector<int> Topology::first_nodes(int count) const {
+  std::vector<int> ids = nodes_with_cpus();
+  require(static_cast<size_t>(count) <= ids.size(), count, " subpools, but this machine has ", describe(),
+          "; name the node of each subpool");
+  ids.resize(static_cast<size_t>(count));
   return ids;
 }
 

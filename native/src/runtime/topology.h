@@ -35,6 +35,8 @@ struct Topology {
 
   const Node *find(int node) const noexcept;  // nullptr: no such node
   std::vector<int> nodes_with_cpus() const;   // ids of nodes with allowed CPUs, ascending
+  // The first `count` of them. Throws KTK_ERR_ARGUMENT when there are fewer.
+  std::vector<int> first_nodes(int count) const;
   int allowed_cpus() const noexcept;
   // CPUs that can run at the same time: allowed ones, within the quota; at least 1.
   int usable_cpus() const noexcept;
