@@ -19,9 +19,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 SOURCES := $(shell find ktk native -type f -not -name '*.py[co]') \
   meson.build meson.options pyproject.toml README.md LICENSE
-CPP_FILES := $(shell find native -name '*.cpp' -o -name '*.h')
+CPP_FILES := $(shell find native tests -name '*.cpp' -o -name '*.h' -o -name '*.c')
 
-.PHONY: help demo test lint native-test sanitize sdist pytest pytest-ctypes docs wheel clean
+.PHONY: help demo test lint native-test sanitize sdist pytest pytest-ctypes numa docs wheel clean
 help:
 	@echo "make demo           generate text with the shipped model and compare the weight formats"
 	@echo "make test           everything below"
@@ -32,6 +32,7 @@ help:
 	@echo "make sanitize       C++ tests under ThreadSanitizer, and under Address- and UBSanitizer"
 	@echo "make pytest         Python tests under the Cython binding; PYTEST_ARGS=... chooses some"
 	@echo "make pytest-ctypes  those that reach the native library, under the ctypes binding"
+	@echo "make numa           where threads and memory are, on emulated machines with several NUMA nodes (20 minutes)"
 	@echo "make docs           HTML documentation in build/docs"
 	@echo "make clean          remove build/ and the virtual environment"
 
@@ -70,6 +71,10 @@ pytest: $(VENV)/.test
 
 pytest-ctypes: $(VENV)/.test
 	KTK_BINDING=ctypes $(PYTEST) -m "not any_binding"
+
+# Needs qemu-system-x86_64, and Debian's apt-get for a kernel to boot.
+numa: $(VENV)/.test
+	$(BIN)/python tests/numa/run.py --log build/numa.log
 
 docs: $(VENV)/.test
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs

@@ -151,6 +151,7 @@ def draw(trace: dict[str, Any], title: str) -> Figure:
     axes.set_xlim(
         min(span["ts"] for span in spans) / 1e3, max(span["ts"] + span["dur"] for span in spans) / 1e3
     )
+    axes.ticklabel_format(axis="x", useOffset=False)
     axes.set_xlabel("ms")
     axes.set_title(title, loc="left")
     seen = {stage for found in bars.values() for stage in found}

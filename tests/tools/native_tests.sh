@@ -13,7 +13,7 @@ if [[ $sanitizers == none ]]; then
   echo "== C++ tests"
 else
   echo "== C++ tests under $sanitizers"
-  options+=(-Dbuildtype=debugoptimized -Db_lundef=false)
+  options+=(-Ddebug=true -Doptimization=1 -Db_lundef=false)
   probe=$(mktemp)
   trap 'rm -f "$probe"' EXIT
   # Some compilers come without the sanitizers' run time, and some kernels leave it no room in memory.
