@@ -149,6 +149,7 @@ SCALARS = {
     "size_t": ctypes.c_size_t,
     "uintptr_t": ctypes.c_size_t,
     "float": ctypes.c_float,
+    "double": ctypes.c_double,
     "ktk_status": ctypes.c_int32,
     "ktk_task_fn": _ctypes.TASK_FN,
 }
@@ -242,7 +243,7 @@ def test_versions_agree(module: ModuleType) -> None:
 
 
 def test_constants_are_those_of_the_header(module: ModuleType, header: Abi) -> None:
-    for enum in ("ktk_dtype", "ktk_format", "ktk_part"):
+    for enum in ("ktk_dtype", "ktk_format", "ktk_part", "ktk_probe_kind"):
         for name in header.enums[enum]:
             value = getattr(module, name.removeprefix("KTK_"))
             assert (type(value), value) == (int, header.enum_values[name])

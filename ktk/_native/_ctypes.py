@@ -10,7 +10,19 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import POINTER, byref, c_char_p, c_float, c_int32, c_int64, c_size_t, c_uint8, c_uint32, c_void_p
+from ctypes import (
+    POINTER,
+    byref,
+    c_char_p,
+    c_double,
+    c_float,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_uint8,
+    c_uint32,
+    c_void_p,
+)
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
@@ -38,6 +50,9 @@ PART_DOWN_ZERO = 5
 PART_GATE_BIAS = 6
 PART_UP_BIAS = 7
 PART_DOWN_BIAS = 8
+PROBE_PRODUCT = 0
+PROBE_READ = 1
+PROBE_COPY = 2
 
 _OK = 0
 _ERR_ARGUMENT = 1
@@ -110,11 +125,24 @@ class ForwardArgs(ctypes.Structure):
     )
 
 
+class ProbeConfig(ctypes.Structure):
+    """`ktk_probe_config`."""
+
+    _fields_ = (
+        ("struct_size", c_uint32),
+        ("kind", c_int32),
+        ("format", c_int32),
+        ("isa", c_char_p),
+        ("bytes", c_size_t),
+    )
+
+
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "ktk_pool_config": PoolConfig,
     "ktk_moe_config": MoeConfig,
     "ktk_expert_weights": ExpertWeights,
     "ktk_forward_args": ForwardArgs,
+    "ktk_probe_config": ProbeConfig,
 }
 
 TASK_FN = ctypes.CFUNCTYPE(c_int32, c_void_p)
@@ -165,6 +193,11 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ktk_trace_json": (_STATUS, (_Handle, c_char_p, c_size_t, POINTER(c_size_t))),
     "ktk_trace_write": (_STATUS, (_Handle, c_char_p)),
     "ktk_trace_destroy": (_STATUS, (_Handle,)),
+    "ktk_probe_create": (_STATUS, (POINTER(ProbeConfig), _Handle, POINTER(_Handle))),
+    "ktk_probe_destroy": (_STATUS, (_Handle,)),
+    "ktk_probe_variants": (_STATUS, (_Handle, POINTER(c_int32))),
+    "ktk_probe_variant_name": (_STATUS, (_Handle, c_int32, POINTER(c_char_p))),
+    "ktk_probe_run": (_STATUS, (_Handle, c_int32, c_int64, POINTER(c_double), POINTER(c_double))),
 }
 
 
@@ -736,6 +769,45 @@ class Trace(_Native):
         encoded = _checks.path(path)
         with self._open() as handle:
             _check(_lib.ktk_trace_write(handle, encoded))
+
+
+class Probe(_PoolMember):
+    _kind = "Probe"
+
+    def __init__(
+        self, pool: Pool, *, kind: int, format: int = 0, bytes: int = 0, isa: str | None = None
+    ) -> None:
+        self.close()
+        super().__init__()
+        _checks.instance("pool", pool, Pool)
+        config = ProbeConfig()
+        config.struct_size = ctypes.sizeof(config)
+        config.kind = _checks.int32("kind", kind)
+        config.format = _checks.int32("format", format)
+        config.bytes = _checks.size("bytes", bytes)
+        config.isa = None if isa is None else _checks.text("isa", isa)
+        handle = c_void_p()
+        with pool._open() as pool_handle:
+            _check(_lib.ktk_probe_create(byref(config), pool_handle, byref(handle)))
+        self._adopt(handle)
+        self._pool = pool
+
+    @property
+    def variants(self) -> list[str]:
+        count, name, names = c_int32(), c_char_p(), []
+        with self._open() as handle:
+            _check(_lib.ktk_probe_variants(handle, byref(count)))
+            for variant in range(count.value):
+                _check(_lib.ktk_probe_variant_name(handle, variant, byref(name)))
+                names.append((name.value or b"").decode())
+        return names
+
+    def run(self, variant: int, repeats: int = 1) -> tuple[float, float]:
+        index, rounds = _checks.int32("variant", variant), _checks.int64("repeats", repeats)
+        work, seconds = c_double(), c_double()
+        with self._open() as handle:
+            _check(_lib.ktk_probe_run(handle, index, rounds, byref(work), byref(seconds)))
+        return work.value, seconds.value
 
 
 def _finish_queues() -> None:

@@ -31,6 +31,9 @@ PART_DOWN_ZERO = <int>c.KTK_PART_DOWN_ZERO
 PART_GATE_BIAS = <int>c.KTK_PART_GATE_BIAS
 PART_UP_BIAS = <int>c.KTK_PART_UP_BIAS
 PART_DOWN_BIAS = <int>c.KTK_PART_DOWN_BIAS
+PROBE_PRODUCT = <int>c.KTK_PROBE_PRODUCT
+PROBE_READ = <int>c.KTK_PROBE_READ
+PROBE_COPY = <int>c.KTK_PROBE_COPY
 
 
 cdef int _check(c.ktk_status status) except -1:
@@ -768,6 +771,111 @@ cdef class Trace:
         if status != c.KTK_OK:
             self.handle = handle
         _check(status)
+
+    def __enter__(self):
+        self.open()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.close()
+
+
+# As for Moe.
+@cython.no_gc_clear
+cdef class Probe:
+    cdef c.ktk_probe *handle
+    cdef Pool pool
+    cdef int calls
+    cdef object __weakref__
+
+    def __init__(self, pool, *, kind, format=0, bytes=0, isa=None):
+        cdef c.ktk_probe_config config
+        cdef c.ktk_probe *handle = NULL
+        cdef c.ktk_status status
+        cdef const char *isa_text = NULL
+        cdef Pool owner
+        cdef c.ktk_pool *owner_handle
+        self.close()
+        _checks.instance("pool", pool, Pool)
+        owner = pool
+        config.struct_size = sizeof(config)
+        config.kind = _int32("kind", kind)
+        config.format = _int32("format", format)
+        config.bytes = _checks.size("bytes", bytes)
+        encoded = None if isa is None else _checks.text("isa", isa)
+        if encoded is not None:
+            isa_text = encoded
+        config.isa = isa_text
+        owner_handle = owner.open()
+        owner.calls += 1
+        try:
+            with nogil:
+                status = c.ktk_probe_create(&config, owner_handle, &handle)
+            _check(status)
+        finally:
+            owner.calls -= 1
+        self.handle = handle
+        self.pool = owner
+
+    def __dealloc__(self):
+        cdef c.ktk_probe *handle = self.handle
+        if handle != NULL:
+            with nogil:
+                c.ktk_probe_destroy(handle)
+
+    cdef c.ktk_probe *open(self) except NULL:
+        if self.handle == NULL:
+            raise _checks.closed("Probe")
+        return self.handle
+
+    @property
+    def closed(self):
+        return self.handle == NULL
+
+    @property
+    def variants(self):
+        cdef c.ktk_probe *handle
+        cdef const char *name = NULL
+        cdef int32_t count = 0, variant
+        handle = self.open()
+        _check(c.ktk_probe_variants(handle, &count))
+        names = []
+        for variant in range(count):
+            _check(c.ktk_probe_variant_name(handle, variant, &name))
+            names.append(name.decode())
+        return names
+
+    def run(self, variant, repeats=1):
+        cdef c.ktk_probe *handle
+        cdef c.ktk_status status
+        cdef int32_t index = _int32("variant", variant)
+        cdef int64_t rounds = _checks.int64("repeats", repeats)
+        cdef double work = 0, seconds = 0
+        handle = self.open()
+        self.calls += 1
+        try:
+            with nogil:
+                status = c.ktk_probe_run(handle, index, rounds, &work, &seconds)
+            _check(status)
+        finally:
+            self.calls -= 1
+        return work, seconds
+
+    def close(self):
+        cdef c.ktk_probe *handle = self.handle
+        cdef c.ktk_status status
+        if handle == NULL:
+            return
+        self.handle = NULL
+        while self.calls:
+            with nogil:
+                usleep(200)
+        with nogil:
+            status = c.ktk_probe_destroy(handle)
+        if status != c.KTK_OK:
+            self.handle = handle
+        _check(status)
+        self.pool = None
 
     def __enter__(self):
         self.open()

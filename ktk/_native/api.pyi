@@ -31,6 +31,9 @@ PART_DOWN_ZERO: Final = 5
 PART_GATE_BIAS: Final = 6
 PART_UP_BIAS: Final = 7
 PART_DOWN_BIAS: Final = 8
+PROBE_PRODUCT: Final = 0
+PROBE_READ: Final = 1
+PROBE_COPY: Final = 2
 
 def version() -> str:
     """Version of the library."""
@@ -273,6 +276,46 @@ class Trace:
         """The stopped trace for Chrome's trace viewer or Perfetto; `KtkStateError` while it runs."""
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes `json()` to a file, which appears when it is complete."""
+    def close(self) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+class Probe:
+    """What the machine can do at most on the threads of a pool; it keeps its pool alive.
+
+    Parameters
+    ----------
+    pool : Pool
+        Runs the probe.
+    kind : int
+        PROBE_PRODUCT: multiplications of a weight format, operands in registers. PROBE_READ: loads.
+        PROBE_COPY: loads and stores.
+    format : int
+        PROBE_PRODUCT: a FORMAT_ constant. Else 0.
+    bytes : int
+        PROBE_READ and PROBE_COPY: memory to read, several times the last-level cache; rounded up to whole
+        chunks of 2 MiB for each thread. PROBE_PRODUCT: 0.
+    isa : str, optional
+        Instruction set; default: `isa_default()`.
+    """
+
+    def __init__(
+        self, pool: Pool, *, kind: int, format: int = 0, bytes: int = 0, isa: str | None = None
+    ) -> None: ...
+    @property
+    def closed(self) -> bool: ...
+    @property
+    def variants(self) -> list[str]:
+        """Names of the ways to do the work. The machine's rate is that of the fastest."""
+    def run(self, variant: int, repeats: int = 1) -> tuple[float, float]:
+        """Runs a variant on all threads; returns the work done and the seconds that it took.
+
+        PROBE_PRODUCT: each thread makes `repeats` rounds of its loop, and work is in operations, a
+        multiplication and an addition being two. Otherwise all memory is gone through `repeats` times, and
+        work is in bytes read, or read plus written.
+        """
     def close(self) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(

@@ -48,6 +48,9 @@ cdef extern from "ktk.h" nogil:
     ctypedef struct ktk_trace:
         pass
 
+    ctypedef struct ktk_probe:
+        pass
+
     ctypedef int32_t (*ktk_task_fn)(void *context)
 
     ctypedef struct ktk_pool_config:
@@ -97,6 +100,18 @@ cdef extern from "ktk.h" nogil:
         int32_t output_dtype
         int32_t incremental
 
+    ctypedef enum ktk_probe_kind:
+        KTK_PROBE_PRODUCT
+        KTK_PROBE_READ
+        KTK_PROBE_COPY
+
+    ctypedef struct ktk_probe_config:
+        uint32_t struct_size
+        int32_t kind
+        int32_t format
+        const char *isa
+        size_t bytes
+
     const char *ktk_last_error()
     const char *ktk_version()
     int32_t ktk_abi_version()
@@ -143,3 +158,9 @@ cdef extern from "ktk.h" nogil:
     ktk_status ktk_trace_json(const ktk_trace *trace, char *buffer, size_t capacity, size_t *needed)
     ktk_status ktk_trace_write(const ktk_trace *trace, const char *path)
     ktk_status ktk_trace_destroy(ktk_trace *trace)
+
+    ktk_status ktk_probe_create(const ktk_probe_config *config, ktk_pool *pool, ktk_probe **probe)
+    ktk_status ktk_probe_destroy(ktk_probe *probe)
+    ktk_status ktk_probe_variants(const ktk_probe *probe, int32_t *count)
+    ktk_status ktk_probe_variant_name(const ktk_probe *probe, int32_t variant, const char **name)
+    ktk_status ktk_probe_run(ktk_probe *probe, int32_t variant, int64_t repeats, double *work, double *seconds)

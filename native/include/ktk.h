@@ -237,6 +237,39 @@ KTK_API ktk_status ktk_trace_write(const ktk_trace *trace, const char *path);
 /* Stops and frees. */
 KTK_API ktk_status ktk_trace_destroy(ktk_trace *trace);
 
+/* ---- probes ---------------------------------------------------------------------------------- */
+
+/* What the machine can do at most on the threads of a pool: the rates that a layer is measured against. */
+typedef struct ktk_probe ktk_probe;
+
+typedef enum ktk_probe_kind {
+  KTK_PROBE_PRODUCT = 0, /* multiplications of a weight format, operands in registers; work in operations */
+  KTK_PROBE_READ = 1,    /* loads over large pages; work in bytes read */
+  KTK_PROBE_COPY = 2     /* work in bytes read plus bytes written */
+} ktk_probe_kind;
+
+typedef struct ktk_probe_config {
+  uint32_t struct_size;
+  int32_t kind;    /* ktk_probe_kind */
+  int32_t format;  /* PRODUCT: ktk_format; else 0 */
+  const char *isa; /* NULL: ktk_isa_default() */
+  size_t bytes;    /* READ, COPY: memory to read, rounded up to whole chunks of 2 MiB for each thread; it
+                      has to be several times the last-level cache. PRODUCT: 0 */
+} ktk_probe_config;
+
+/* The pool is kept. */
+KTK_API ktk_status ktk_probe_create(const ktk_probe_config *config, ktk_pool *pool, ktk_probe **probe);
+KTK_API ktk_status ktk_probe_destroy(ktk_probe *probe);
+/* Ways to do the same work. The machine's rate is that of the fastest. */
+KTK_API ktk_status ktk_probe_variants(const ktk_probe *probe, int32_t *count);
+/* The name lives as long as the probe. */
+KTK_API ktk_status ktk_probe_variant_name(const ktk_probe *probe, int32_t variant, const char **name);
+/* Runs a variant on all threads of the pool. PRODUCT: each thread makes `repeats` (rounded up to a multiple
+ * of 8) rounds of its loop; READ, COPY: all memory is gone through `repeats` times. `*work` is in
+ * operations, a multiplication and an addition being two, or in bytes. */
+KTK_API ktk_status ktk_probe_run(ktk_probe *probe, int32_t variant, int64_t repeats, double *work,
+                                 double *seconds);
+
 #ifdef __cplusplus
 }
 #endif

@@ -11,6 +11,7 @@
 #include "core/dispatch.h"
 #include "core/status.h"
 #include "engine/moe.h"
+#include "engine/probe.h"
 #include "engine/scratch.h"
 #include "ktk.h"
 #include "runtime/cuda_shim.h"
@@ -55,6 +56,10 @@ struct ktk_queue {
 struct ktk_trace {
   ktk::Trace trace;
   explicit ktk_trace(int64_t spans_per_thread) : trace(spans_per_thread) {}
+};
+
+struct ktk_probe {
+  ktk::Probe probe;
 };
 
 namespace {
@@ -258,7 +263,7 @@ ktk_status ktk_pool_create(const ktk_pool_config *config, ktk_pool **pool) {
 ktk_status ktk_pool_destroy(ktk_pool *pool) {
   return guard([&] {
     if (at(pool, "pool").context.use_count() > 1) {
-      fail(KTK_ERR_STATE, "layers or queues still use the pool; destroy them first");
+      fail(KTK_ERR_STATE, "layers, queues or probes still use the pool; destroy them first");
     }
     delete pool;
   });
@@ -412,6 +417,34 @@ ktk_status ktk_trace_write(const ktk_trace *trace, const char *path) {
 
 ktk_status ktk_trace_destroy(ktk_trace *trace) {
   return guard([&] { delete &at(trace, "trace"); });
+}
+
+ktk_status ktk_probe_create(const ktk_probe_config *config, ktk_pool *pool, ktk_probe **probe) {
+  return guard([&] {
+    at(probe, "probe") = nullptr;
+    *probe = new ktk_probe{ktk::Probe(read_struct(config, "config"), at(pool, "pool").context)};
+  });
+}
+
+ktk_status ktk_probe_destroy(ktk_probe *probe) {
+  return guard([&] { delete &at(probe, "probe"); });
+}
+
+ktk_status ktk_probe_variants(const ktk_probe *probe, int32_t *count) {
+  return guard([&] { at(count, "count") = at(probe, "probe").probe.variants(); });
+}
+
+ktk_status ktk_probe_variant_name(const ktk_probe *probe, int32_t variant, const char **name) {
+  return guard([&] { at(name, "name") = at(probe, "probe").probe.variant_name(variant); });
+}
+
+ktk_status ktk_probe_run(ktk_probe *probe, int32_t variant, int64_t repeats, double *work, double *seconds) {
+  return guard([&] {
+    double &work_done = at(work, "work"), &time = at(seconds, "seconds");
+    const ktk::Probe::Result result = at(probe, "probe").probe.run(variant, repeats);
+    work_done = result.work;
+    time = result.seconds;
+  });
 }
 
 }  // extern "C"

@@ -126,6 +126,43 @@ struct PackArgs {
   int64_t group_stride;
 };
 
+// The multiplication that a format's products are made of.
+enum class Multiply : int32_t { bf16, byte, nibble };
+
+// A loop of multiplications for probes.
+constexpr int kProbeOperandBytes = 2048;
+struct ProductLoopArgs {
+  const uint8_t *operands;  // [kProbeOperandBytes], aligned to 64
+  int64_t repeats;
+  int32_t *result;  // [16], so that nothing was computed in vain
+};
+
+struct ProductLoop {
+  const char *name;
+  int64_t operations;  // of one repeat, a multiplication and an addition being two
+  void (*run)(const ProductLoopArgs *);
+};
+
+constexpr int kProductLoops = 5;
+struct ProductLoops {
+  ProductLoop loop[kProductLoops];  // name null: no more
+};
+
+struct ReadArgs {
+  const uint8_t *data;
+  int64_t bytes;  // a multiple of 1024
+  int32_t streams;
+  int64_t prefetch_bytes;  // how far ahead; 0: left to the hardware
+  uint32_t *sum;           // of all 32-bit words, modulo 2^32
+};
+
+struct CopyArgs {
+  uint8_t *to;  // both aligned to 64
+  const uint8_t *from;
+  int64_t bytes;      // a multiple of 64
+  int32_t streaming;  // non-zero: stores that pass by the caches
+};
+
 struct FormatKernels {
   const char *name;
   int32_t tile_bytes;
@@ -139,6 +176,7 @@ struct FormatKernels {
   void (*down)(const DownArgs *);
   // Returns 0, or 1 when a weight is not finite.
   int32_t (*pack)(const PackArgs *);
+  ProductLoops products;
 };
 
 struct Backend {
@@ -146,6 +184,8 @@ struct Backend {
   uint32_t needs;     // CpuRequirement bits
   int32_t automatic;  // may be chosen without being named
   void (*finish)(const FinishArgs *);
+  void (*read)(const ReadArgs *);
+  void (*copy)(const CopyArgs *);
   FormatKernels formats[3];  // by ktk_format
 };
 

@@ -20,6 +20,7 @@ struct Int4 {
   static constexpr int kTileBytes = 512;
   static constexpr bool kInteger = true;
   static constexpr int kZeroPoint = 8;
+  static constexpr Multiply kMultiply = Multiply::nibble;
 
   // The columns of one nibble: a segment, or a half of one or of a longer one.
   template <class Ops, int NT, int MR, bool High>

@@ -12,6 +12,7 @@ struct Int8 {
   static constexpr int kTileBytes = 1024;
   static constexpr bool kInteger = true;
   static constexpr int kZeroPoint = 128;
+  static constexpr Multiply kMultiply = Multiply::byte;
 
   template <class Ops, int NT, int MR>
   KTK_INLINE void quads(typename Ops::I (&sum)[MR][NT], const uint8_t *rows, const uint8_t *tiles,

@@ -39,6 +39,7 @@ typedef KTK_ISA_OPS Ops;
 #include "kernels/product.h"
 #endif
 #include "kernels/expert.h"
+#include "kernels/probe.h"
 
 template <class Format>
 constexpr FormatKernels kernels_of() {
@@ -54,6 +55,7 @@ constexpr FormatKernels kernels_of() {
   kernels.gate_up = gate_up<Ops, Format>;
   kernels.down = down<Ops, Format>;
   kernels.pack = Format::template pack<Ops>;
+  kernels.products = product_loops<Ops, Format>();
   return kernels;
 }
 
@@ -65,6 +67,8 @@ constexpr Backend backend = {
     Ops::kNeeds,
     Ops::kAutomatic,
     finish<Ops>,
+    read_bytes<Ops>,
+    copy_bytes<Ops>,
     {
 #define KTK_KERNELS(format) kernels_of<format>(),
         KTK_FOR_EACH_FORMAT(KTK_KERNELS)

@@ -10,6 +10,7 @@
 #include "kernels/inline.h"
 
 struct Avx2Ops {
+  typedef __m256i Register;
   struct F {
     __m256 low, high;
   };
@@ -65,6 +66,10 @@ struct Avx2Ops {
     __m256i *halves = (__m256i *)p;
     _mm256_storeu_si256(halves, v.low);
     _mm256_storeu_si256(halves + 1, v.high);
+  }
+  KTK_INLINE void stream_i(void *p, I v) {
+    _mm256_stream_si256((__m256i *)p, v.low);
+    _mm256_stream_si256((__m256i *)p + 1, v.high);
   }
   KTK_INLINE I add_i(I a, I b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
   KTK_INLINE I sub_i(I a, I b) { return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)}; }

@@ -11,6 +11,7 @@
 #include "kernels/inline.h"
 
 struct Avx512Ops {
+  typedef __m512i Register;
   typedef __m512 F;
   // A struct, so that an integer vector and a bf16 one are different types.
   struct I {
@@ -53,6 +54,7 @@ struct Avx512Ops {
   KTK_INLINE I set1_i(int32_t value) { return {_mm512_set1_epi32(value)}; }
   KTK_INLINE I load_i(const void *p) { return {_mm512_loadu_si512(p)}; }
   KTK_INLINE void store_i(void *p, I v) { _mm512_storeu_si512(p, v.v); }
+  KTK_INLINE void stream_i(void *p, I v) { _mm512_stream_si512((__m512i *)p, v.v); }
   KTK_INLINE I add_i(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
   KTK_INLINE I sub_i(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
   KTK_INLINE I mul_short(I a, I b) { return {_mm512_madd_epi16(a.v, b.v)}; }

@@ -12,6 +12,8 @@
 struct PortableOps {
   typedef float F __attribute__((vector_size(64)));
   typedef int32_t I __attribute__((vector_size(64)));
+  // What one instruction of the target holds at most; a vector above is several of them.
+  typedef int32_t Register __attribute__((vector_size(16)));
   // A row of a u8 tile prepared for products with several rows of activations, and such a row's 4 values.
   typedef I W8;
   typedef I A8;
@@ -58,6 +60,8 @@ struct PortableOps {
     return v;
   }
   KTK_INLINE void store_i(void *p, I v) { __builtin_memcpy(p, &v, sizeof v); }
+  // A store that may pass by the caches. `p` is aligned to 64 bytes.
+  KTK_INLINE void stream_i(void *p, I v) { store_i(p, v); }
   KTK_INLINE I add_i(I a, I b) { return a + b; }
   KTK_INLINE I sub_i(I a, I b) { return a - b; }
   // Lanes that 16 bits hold, those of `a` not negative.

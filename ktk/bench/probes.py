@@ -1,0 +1,161 @@
+"""Peaks of the machine on the threads of a pool: multiplications, reads and copies."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from ktk import _native
+from ktk.config import format_info
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["CopyProbe", "PeakProbe", "ReadProbe", "footprint_of_machine", "last_level_cache_bytes"]
+
+# Times over the last-level cache that memory has to be, for next to nothing of it to be found there.
+CACHE_TIMES = 8
+LEAST_FOOTPRINT = 512 << 20
+_SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def last_level_cache_bytes(root: str = "/") -> int:
+    """Bytes of all last-level caches of the machine; 0 where the kernel does not say.
+
+    Parameters
+    ----------
+    root : str, default "/"
+        Where to look for ``sys/devices/system/cpu``.
+    """
+    largest = 0
+    caches: dict[str, tuple[int, int]] = {}
+    for index in Path(root).glob("sys/devices/system/cpu/cpu[0-9]*/cache/index[0-9]*"):
+        try:
+            level = int((index / "level").read_text())
+            match = re.fullmatch(r"(\d+)([KMG]?)", (index / "size").read_text().strip())
+            shared = (index / "shared_cpu_list").read_text().strip()
+        except (OSError, ValueError):
+            continue
+        if match is not None:
+            largest = max(largest, level)
+            caches[f"{level} {shared}"] = (level, int(match[1]) * _SIZE_UNITS[match[2]])
+    return sum(size for level, size in caches.values() if level == largest)
+
+
+def footprint_of_machine() -> int:
+    """Bytes of memory to go through before anything is read again: several times the last-level cache."""
+    return max(CACHE_TIMES * last_level_cache_bytes(), LEAST_FOOTPRINT)
+
+
+class _Probe:
+    """A native probe, with the variant that is fastest here.
+
+    Parameters
+    ----------
+    native : ktk._native.Probe
+        Owned from here on.
+    run_s : float
+        Seconds that one call of `rate` takes, about; at least one repeat is made.
+    """
+
+    # Rounds over all variants before one is chosen. Each is judged by its best, since what is sought is what
+    # the machine can do.
+    CHOOSING_ROUNDS = 3
+
+    def __init__(self, native: _native.Probe, run_s: float) -> None:
+        self._native = native
+        self.names = native.variants
+        repeats = [self._repeats(variant, run_s / 2) for variant in range(len(self.names))]
+        self.best_of_variant = [0.0] * len(self.names)
+        for _ in range(self.CHOOSING_ROUNDS):
+            for variant, count in enumerate(repeats):
+                work, seconds = native.run(variant, count)
+                self.best_of_variant[variant] = max(self.best_of_variant[variant], work / seconds)
+        self.chosen = max(range(len(self.names)), key=self.best_of_variant.__getitem__)
+        self._count = self._repeats(self.chosen, run_s)
+
+    def _repeats(self, variant: int, run_s: float) -> int:
+        count = 1
+        while True:
+            _, seconds = self._native.run(variant, count)
+            if seconds >= run_s / 4:
+                return max(1, round(count * run_s / seconds))
+            count *= 4
+
+    @property
+    def name(self) -> str:
+        """The variant that `rate` runs."""
+        return self.names[self.chosen]
+
+    def rate(self) -> float:
+        """Operations or bytes a second, measured now."""
+        work, seconds = self._native.run(self.chosen, self._count)
+        return work / seconds
+
+    def close(self) -> None:
+        """Free the probe's memory."""
+        self._native.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class PeakProbe(_Probe):
+    """Operations a second of the multiplications that a weight format's products are made of.
+
+    Operands stay in registers. Of the loops that the instruction set has for the format, the fastest counts.
+
+    Parameters
+    ----------
+    pool : ktk._native.Pool
+    format : str
+        A key of `ktk.config.FORMATS`.
+    isa : str, optional
+        Default: that of layers.
+    run_s : float, default 0.01
+        Seconds of one measurement.
+    """
+
+    def __init__(self, pool: _native.Pool, format: str, isa: str | None = None, run_s: float = 0.01) -> None:
+        native = _native.Probe(pool, kind=_native.PROBE_PRODUCT, format=format_info(format).code, isa=isa)
+        super().__init__(native, run_s)
+
+
+class ReadProbe(_Probe):
+    """Bytes a second that the threads of a pool load from memory.
+
+    Of several access patterns and distances of prefetching, the fastest counts.
+
+    Parameters
+    ----------
+    pool : ktk._native.Pool
+    isa : str, optional
+        Default: that of layers.
+    bytes : int, optional
+        Memory to read; default: `footprint_of_machine`.
+    run_s : float, default 0.01
+        Seconds of one measurement; all of the memory is read at least once.
+    """
+
+    def __init__(
+        self, pool: _native.Pool, isa: str | None = None, bytes: int | None = None, run_s: float = 0.01
+    ) -> None:
+        size = footprint_of_machine() if bytes is None else bytes
+        super().__init__(_native.Probe(pool, kind=_native.PROBE_READ, bytes=size, isa=isa), run_s)
+
+
+class CopyProbe(_Probe):
+    """Bytes a second that are read plus those that are written when memory is copied; parameters as above."""
+
+    def __init__(
+        self, pool: _native.Pool, isa: str | None = None, bytes: int | None = None, run_s: float = 0.01
+    ) -> None:
+        size = footprint_of_machine() // 2 if bytes is None else bytes
+        super().__init__(_native.Probe(pool, kind=_native.PROBE_COPY, bytes=size, isa=isa), run_s)
