@@ -312,3 +312,41 @@ TEST(fork_inside_a_task_before_a_forward) {
   ok(ktk_queue_destroy(queue));
 }
 #endif
+
+TEST(probes_do_their_work_on_every_subpool) {
+  const Pool pool({1, 2});
+  for_each_isa([&](const char *isa) {
+    for (int32_t kind = KTK_PROBE_PRODUCT; kind <= KTK_PROBE_COPY; kind++) {
+      for (int32_t format = KTK_FORMAT_BF16; format <= (kind == KTK_PROBE_PRODUCT ? KTK_FORMAT_INT4 : 0);
+           format++) {
+        ktk_probe_config config = {};
+        config.struct_size = sizeof(config);
+        config.kind = kind;
+        config.format = format;
+        config.isa = isa;
+        config.bytes = kind == KTK_PROBE_PRODUCT ? 0 : size_t{1} << 20;
+        ktk_probe *probe = nullptr;
+        ok(ktk_probe_create(&config, pool.handle, &probe));
+        CHECK_EQUAL(static_cast<int>(ktk_pool_destroy(pool.handle)), static_cast<int>(KTK_ERR_STATE));
+        int32_t count = 0;
+        ok(ktk_probe_variants(probe, &count));
+        CHECK(count > 0);
+        for (int32_t variant = 0; variant < count; variant++) {
+          const char *name = nullptr;
+          double once = 0, twice = 0, seconds = 0;
+          ok(ktk_probe_variant_name(probe, variant, &name));
+          ok(ktk_probe_run(probe, variant, 8, &once, &seconds));
+          ok(ktk_probe_run(probe, variant, 16, &twice, &seconds));
+          CHECK(name != nullptr && once > 0 && seconds > 0);
+          CHECK_EQUAL(twice, 2 * once);
+        }
+        double work = 0;
+        CHECK_EQUAL(static_cast<int>(ktk_probe_run(probe, count, 1, &work, &work)),
+                    static_cast<int>(KTK_ERR_ARGUMENT));
+        CHECK_EQUAL(static_cast<int>(ktk_probe_run(probe, 0, 1, nullptr, &work)),
+                    static_cast<int>(KTK_ERR_ARGUMENT));
+        ok(ktk_probe_destroy(probe));
+      }
+    }
+  });
+}
