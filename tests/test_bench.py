@@ -355,6 +355,23 @@ def test_parts_of_a_run_can_be_left_out() -> None:
     assert found["errors"] == found["packing"] == []
 
 
+def test_a_disturbed_cell_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = iter([0.7, 0.4, 0.05, 9.0])
+    monkeypatch.setattr(measure._CpuUsage, "others", lambda self: next(used))
+    monkeypatch.setattr(measure, "_wait_until_quiet", lambda deadline: None)
+    found = tiny_run(formats=cases.parse_formats("int8"), batches=[1], patience_s=100.0, packing=False)
+    assert (found["cells"][0]["attempts"], found["cells"][0]["cpus_used_by_others"]) == (3, 0.05)
+
+
+def test_waiting_for_quiet_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure._CpuUsage, "others", lambda self: 1.0)
+    measure._wait_until_quiet(0.0)
+    used = iter([1.0, 0.5, 0.0])
+    monkeypatch.setattr(measure._CpuUsage, "others", lambda self: next(used))
+    measure._wait_until_quiet(float("inf"))
+    assert next(used, None) is None
+
+
 def test_long_forwards_are_left_out_with_a_reason() -> None:
     found = tiny_run(formats=cases.parse_formats("bf16"), batches=[64, 4096], most_call_s=1e-9)
     assert "fraction" in found["cells"][0]
@@ -377,6 +394,7 @@ def test_the_instruction_set_is_taken(isa: str) -> None:
         ({"rounds": 0}, "at least 1, got 0"),
         ({"cell_s": 0.0}, "cell_s must be positive, got 0.0"),
         ({"most_call_s": float("nan")}, "most_call_s must be positive"),
+        ({"patience_s": -1.0}, "patience_s must not be negative"),
         ({"isa": "mmx"}, "unknown instruction set 'mmx'"),
     ],
 )

@@ -34,6 +34,8 @@ ERROR_EXPERTS = 2
 # Distinct routings that a batch cycles through.
 SMALL_BATCH, SMALL_ROUTES, LARGE_ROUTES = 64, 32, 3
 PACKING_ROUNDS = 3
+# CPUs that others may use without a cell being waited for or measured again.
+QUIET_CPUS = 0.1
 PROFILED_S = 0.1
 # With fewer experts than this for each of a token's, layers are too alike in what they read to use only one.
 FEW_EXPERTS = 8
@@ -76,6 +78,9 @@ class Options:
         Rounds end early after this many seconds.
     most_call_s : float, default 30.0
         Cells are left out whose forward would take longer, as the smaller batch predicts.
+    patience_s : float, default 0.0
+        Seconds that a cell may wait for other processes to leave the CPUs alone, and be measured again if
+        they did not; the attempt that they disturbed least is kept.
     skewed, errors, packing, stages : bool, default True
         Whether to measure these too.
     """
@@ -92,6 +97,7 @@ class Options:
     cell_s: float = 0.5
     most_cell_s: float = 10.0
     most_call_s: float = 30.0
+    patience_s: float = 0.0
     skewed: bool = True
     errors: bool = True
     packing: bool = True
@@ -103,6 +109,8 @@ class Options:
                 raise KtkArgumentError(f"{name} is empty; name at least one")
         for value in (*self.batches, self.rounds, *(self.threads or ())):
             checked_int("batches, rounds and threads", value, 1)
+        if not self.patience_s >= 0:
+            raise KtkArgumentError(f"patience_s must not be negative, got {self.patience_s}")
         for name in ("cell_s", "most_cell_s", "most_call_s"):
             if not getattr(self, name) > 0:
                 raise KtkArgumentError(f"{name} must be positive, got {getattr(self, name)}")
@@ -379,6 +387,16 @@ class _Timed:
         return spread(bound.seconds / seconds for bound, seconds in pairs)
 
 
+@dataclass
+class _Rounds:
+    """One attempt at a cell: each batch's rounds, the rates around them, CPUs that others used meanwhile."""
+
+    timed: list[_Timed]
+    peaks: list[float]
+    reads: list[float]
+    others: float | None
+
+
 class _ShapeBench:
     """Everything that is measured of one shape on one pool."""
 
@@ -472,6 +490,8 @@ class _ShapeBench:
         if options.skewed and tokens >= 8 and shape.num_experts > shape.top_k:
             batches.append(Batch(shape, tokens, skewed=True))
         calls = itertools.count()
+        best: _Rounds | None = None
+        attempts = 0
 
         def run(which: Batch) -> int:
             call = next(calls)
@@ -487,9 +507,53 @@ class _ShapeBench:
             for _ in layers.moes:
                 run(batch)
 
+        deadline = time.perf_counter() + options.patience_s
+        while True:
+            _wait_until_quiet(deadline)
+            attempt = self._rounds(layers, batches, run, calls_of_round, read, peak)
+            attempts += 1
+            if best is None or (attempt.others or 0.0) < (best.others or 0.0):
+                best = attempt
+            if (best.others or 0.0) <= QUIET_CPUS or time.perf_counter() >= deadline:
+                break
+        timed, peaks, reads = best.timed, best.peaks, best.reads
+        cell = {
+            **about,
+            "distinct_experts": sum(batch.distinct) / len(batch.distinct),
+            "operations": figures.operations(shape, tokens),
+            **self._timing(layers, batch, timed[0], max(peaks), max(reads)),
+            "peak_gops": asdict(spread(peaks).scaled(1e-9)),
+            "read_gbs": asdict(spread(reads).scaled(1e-9)),
+            "cpus_used_by_others": best.others,
+            "attempts": attempts,
+        }
+        if len(batches) > 1:
+            pairs = zip(timed[0].seconds, timed[1].seconds, strict=True)
+            cell["skewed"] = {
+                **self._timing(layers, batches[1], timed[1], max(peaks), max(reads)),
+                "distinct_experts": sum(batches[1].distinct) / len(batches[1].distinct),
+                "time_ratio": asdict(spread(skewed / even for even, skewed in pairs)),
+            }
+        if options.stages:
+            cell["stages"] = self._stages(run, batch, once)
+        return cell
+
+    def _rounds(
+        self,
+        layers: Layers,
+        batches: Sequence[Batch],
+        run: Callable[[Batch], int],
+        calls_of_round: int,
+        read: ReadProbe,
+        peak: PeakProbe,
+    ) -> _Rounds:
+        """Probes and forwards by turns."""
+        options, tokens = self.options, batches[0].tokens
+        work = calls_of_round * figures.operations(self.shape, tokens)
+        activations = calls_of_round * figures.activation_bytes(self.shape, tokens)
         timed = [_Timed() for _ in batches]
-        peaks, reads = [peak.rate()], [read.rate()]
         usage = _CpuUsage()
+        peaks, reads = [peak.rate()], [read.rate()]
         began = time.perf_counter()
         for done in range(options.rounds):
             if done and time.perf_counter() - began > options.most_cell_s:
@@ -503,33 +567,15 @@ class _ShapeBench:
                 peaks.append(peak.rate())
                 reads.append(read.rate())
                 bound = figures.bound_of(
-                    calls_of_round * figures.operations(shape, tokens),
-                    distinct * layers.expert_bytes + calls_of_round * figures.activation_bytes(shape, tokens),
+                    work,
+                    distinct * layers.expert_bytes + activations,
                     (peaks[-2] + peaks[-1]) / 2,
                     (reads[-2] + reads[-1]) / 2,
                 )
                 result.seconds.append(seconds / calls_of_round)
                 result.bounds.append(figures.Bound(bound.seconds / calls_of_round, bound.limit))
                 result.calls += calls_of_round
-        cell = {
-            **about,
-            "distinct_experts": sum(batch.distinct) / len(batch.distinct),
-            "operations": figures.operations(shape, tokens),
-            **self._timing(layers, batch, timed[0], max(peaks), max(reads)),
-            "peak_gops": asdict(spread(peaks).scaled(1e-9)),
-            "read_gbs": asdict(spread(reads).scaled(1e-9)),
-            "cpus_used_by_others": usage.others(),
-        }
-        if len(batches) > 1:
-            pairs = zip(timed[0].seconds, timed[1].seconds, strict=True)
-            cell["skewed"] = {
-                **self._timing(layers, batches[1], timed[1], max(peaks), max(reads)),
-                "distinct_experts": sum(batches[1].distinct) / len(batches[1].distinct),
-                "time_ratio": asdict(spread(skewed / even for even, skewed in pairs)),
-            }
-        if options.stages:
-            cell["stages"] = self._stages(run, batch, once)
-        return cell
+        return _Rounds(timed, peaks, reads, usage.others())
 
     def _timing(
         self, layers: Layers, batch: Batch, timed: _Timed, peak: float, bandwidth: float
@@ -609,6 +655,15 @@ class _CpuUsage:
             return None
         wall, busy, own = (later - earlier for later, earlier in zip(end, self._begin, strict=True))
         return round(max(busy - own, 0.0) / wall, 3) if wall > 0 else None
+
+
+def _wait_until_quiet(deadline: float) -> None:
+    """Wait until other processes use next to nothing, or until `deadline` (of `time.perf_counter`)."""
+    while time.perf_counter() < deadline:
+        usage = _CpuUsage()
+        time.sleep(0.3)
+        if (usage.others() or 0.0) <= QUIET_CPUS:
+            return
 
 
 def available_memory_bytes() -> int:

@@ -62,6 +62,9 @@ def bench(
     max_call_s: Annotated[
         float, typer.Option(min=0.0001, help="Leave out forwards that take longer.")
     ] = 30.0,
+    patience_s: Annotated[
+        float, typer.Option(min=0.0, help="Seconds a cell may wait for others to leave the CPUs alone.")
+    ] = 0.0,
     skewed: Annotated[bool, typer.Option(help="Also with a quarter of the tokens at one expert.")] = True,
     errors: Annotated[bool, typer.Option(help="Also the error against float32.")] = True,
     packing: Annotated[bool, typer.Option(help="Also the speed of packing.")] = True,
@@ -111,6 +114,7 @@ def bench(
                 "cell_s": cell_s if cell_s is not None else 0.2 if quick else 0.5,
                 "most_cell_s": max_cell_s,
                 "most_call_s": max_call_s,
+                "patience_s": patience_s,
                 "skewed": skewed,
                 "errors": errors,
                 "packing": packing,
