@@ -15,6 +15,7 @@ from ktk.bench import cases, figures, measure, probes, report, roofline
 from ktk.bench.cases import FormatChoice, GaussianWeights, Shape
 from ktk.bench.measure import Batch, Layers, Options
 from ktk.cli import main
+from ktk.config import FORMATS
 from ktk.errors import KtkArgumentError, KtkStateError, KtkUnsupportedError
 from layers import SLOW_ISAS, runnable_isas
 
@@ -161,7 +162,7 @@ def test_shapes_by_name_and_by_size() -> None:
         (cases.parse_shapes, "", "a shape is missing"),
         (cases.parse_shapes, "0x160x6x2", "H of shape"),
         (cases.parse_shapes, "96x160x6x7", "K of shape .* between 1 and 6, got 7"),
-        (cases.parse_formats, "bf16,int3", "unknown format 'int3'; valid formats: bf16, int8, int4-g128"),
+        (cases.parse_formats, "bf16,int3", "unknown format 'int3'; valid formats: bf16, int8-g128"),
         (cases.parse_formats, "bf16,,int8", "a format is missing"),
         (cases.parse_batches, "1,x", "a batch must be a number of at least 1, got 'x'"),
         (cases.parse_batches, "0", "got '0'"),
@@ -174,7 +175,7 @@ def test_bad_lists_are_refused(parse: Any, text: str, message: str) -> None:
 
 
 def test_formats_are_those_of_the_library() -> None:
-    choices = cases.parse_formats("bf16,int8,int4-g128,int4-g64,int4-g32,int4-row")
+    choices = cases.parse_formats("bf16,int8-row,int4-g128,int4-g64,int4-g32,int4-row")
     assert [(choice.format, choice.group_size) for choice in choices] == [
         ("bf16", 0),
         ("int8", 0),
@@ -184,6 +185,12 @@ def test_formats_are_those_of_the_library() -> None:
         ("int4", 0),
     ]
     assert [choice.code for choice in choices[:3]] == [0, 1, 2]
+    defaults = cases.parse_formats("int8,int4,int4-g32")
+    assert [(choice.format, choice.group_size) for choice in defaults] == [
+        (name, FORMATS[name].default_group_size) for name in ("int8", "int4")
+    ]
+    every = {(info.name, group) for info in FORMATS.values() for group in info.group_sizes}
+    assert {(choice.format, choice.group_size) for choice in cases.FORMAT_CHOICES.values()} == every
 
 
 def test_weights_have_unit_gain_and_differ() -> None:
@@ -257,7 +264,7 @@ def test_the_reference_is_what_the_layer_approximates(pool: _native.Pool) -> Non
 def test_packed_bytes_count_weights_and_scales(pool: _native.Pool) -> None:
     shape = Shape("s", 64, 128, 2, 1)
     for choice, size in zip(
-        cases.parse_formats("bf16,int8,int4-g32"),
+        cases.parse_formats("bf16,int8-row,int4-g32"),
         (2 * 3 * 64 * 128, 3 * 64 * 128 + 4 * (128 + 128 + 64), 3 * 64 * 128 // 2 + 3 * 64 * 128 // 32 * 2),
         strict=True,
     ):
@@ -355,6 +362,16 @@ def test_parts_of_a_run_can_be_left_out() -> None:
     assert found["errors"] == found["packing"] == []
 
 
+def test_the_cpu_clock_leaves_out_waiting(pool: _native.Pool) -> None:
+    found = tiny_run(formats=cases.parse_formats("int8"), batches=[1], threads=[1], clock="cpu")
+    assert found["clock"] == "cpu"
+    check_spread(found["cells"][0]["fraction"])
+    ticks = iter(range(0, 10**9, 10**6))
+    probe = probes.PeakProbe(pool, "int8", run_s=0.0001, clock=lambda: next(ticks))
+    work, _ = probe._native.run(probe.chosen, probe._count)
+    assert probe.rate() == work / 1e6
+
+
 def test_a_disturbed_cell_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     used = iter([0.7, 0.4, 0.05, 9.0])
     monkeypatch.setattr(measure._CpuUsage, "others", lambda self: next(used))
@@ -395,6 +412,8 @@ def test_the_instruction_set_is_taken(isa: str) -> None:
         ({"cell_s": 0.0}, "cell_s must be positive, got 0.0"),
         ({"most_call_s": float("nan")}, "most_call_s must be positive"),
         ({"patience_s": -1.0}, "patience_s must not be negative"),
+        ({"clock": "sun"}, "clock must be one of wall, cpu, got 'sun'"),
+        ({"clock": "cpu", "threads": [2]}, "the cpu clock needs threads to be 1"),
         ({"isa": "mmx"}, "unknown instruction set 'mmx'"),
     ],
 )
@@ -555,7 +574,7 @@ def test_the_command_prints_saves_and_draws(tmp_path: Path, capsys: pytest.Captu
     again = tmp_path / "again.png"
     assert main(["bench", "--load", str(saved), "--roofline", str(again), "--peers", str(peers)]) == 0
     out = capsys.readouterr().out
-    for word in ("96x160x6x2 int8", "Accuracy and packing", "Scaling", "1 to 2"):
+    for word in ("96x160x6x2 int8-g128", "Accuracy and packing", "Scaling", "1 to 2"):
         assert word in out
     assert again.exists()
 

@@ -174,6 +174,12 @@ def check_pip(arguments: list[str]) -> None:
     assert arguments[0] == "install" and arguments[-1].startswith(".")
 
 
+def check_peers(arguments: list[str]) -> None:
+    """The script knows the options."""
+    known = (ROOT / "tests" / "bench" / "peers.py").read_text(encoding="utf-8")
+    assert all(f'"{argument}"' in known for argument in arguments if argument.startswith("--"))
+
+
 def check_nothing(arguments: list[str]) -> None:
     """There is nothing about it that could become wrong."""
 
@@ -187,6 +193,9 @@ NOT_RUN: dict[tuple[str, ...], Callable[[list[str]], None]] = {
     ("python3", "-m", "venv"): check_nothing,
     ("source",): check_nothing,
     ("ktk", "run", "path/to/checkpoint"): check_ktk,
+    # The long ones; tests of their own run small ones.
+    ("ktk", "bench"): check_ktk,
+    ("python", "tests/bench/peers.py"): check_peers,
     # A test of its own runs the demo.
     ("ktk", "demo"): check_ktk,
 }

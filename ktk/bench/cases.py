@@ -111,7 +111,7 @@ def parse_shapes(text: str) -> list[Shape]:
 
 @dataclass(frozen=True)
 class FormatChoice:
-    """A weight format as `ktk bench` names it: ``bf16``, ``int8``, ``int4-g32``, ``int4-row``.
+    """A weight format as `ktk bench` names it: ``bf16``, ``int8-g128``, ``int4-row``.
 
     Parameters
     ----------
@@ -144,11 +144,34 @@ def _format_choices() -> dict[str, FormatChoice]:
 FORMAT_CHOICES: Mapping[str, FormatChoice] = MappingProxyType(_format_choices())
 """All variants of the formats that have no zero points, by name."""
 
+_DEFAULT_NAMES = {
+    info.name: name
+    for info in FORMATS.values()
+    for name, choice in FORMAT_CHOICES.items()
+    if (choice.format, choice.group_size) == (info.name, info.default_group_size)
+}
+
 
 def parse_formats(text: str) -> list[FormatChoice]:
-    """Read a list of names of `FORMAT_CHOICES`, with commas between them; `KtkArgumentError` for others."""
+    """Read a list of formats.
+
+    Parameters
+    ----------
+    text : str
+        Names of `FORMAT_CHOICES`, or of `ktk.config.FORMATS` for the group size that layers have by default,
+        with commas between them.
+
+    Returns
+    -------
+    list of FormatChoice
+
+    Raises
+    ------
+    KtkArgumentError
+        If there is no such format.
+    """
     choices = []
-    for word in _words(text, "format"):
+    for word in dict.fromkeys(_DEFAULT_NAMES.get(word, word) for word in _words(text, "format")):
         if word not in FORMAT_CHOICES:
             raise KtkArgumentError(f"unknown format {word!r}; valid formats: {', '.join(FORMAT_CHOICES)}")
         choices.append(FORMAT_CHOICES[word])

@@ -18,7 +18,7 @@ from ktk import _native
 from ktk.bench import figures
 from ktk.bench.cases import BATCHES, FormatChoice, GaussianWeights, Shape, routes
 from ktk.bench.figures import Spread, spread
-from ktk.bench.probes import CopyProbe, PeakProbe, ReadProbe, footprint_of_machine
+from ktk.bench.probes import Clock, CopyProbe, PeakProbe, ReadProbe, footprint_of_machine
 from ktk.config import checked_int
 from ktk.errors import KtkArgumentError
 from ktk.profiling import profile
@@ -34,6 +34,7 @@ ERROR_EXPERTS = 2
 # Distinct routings that a batch cycles through.
 SMALL_BATCH, SMALL_ROUTES, LARGE_ROUTES = 64, 32, 3
 PACKING_ROUNDS = 3
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.thread_time}
 # CPUs that others may use without a cell being waited for or measured again.
 QUIET_CPUS = 0.1
 PROFILED_S = 0.1
@@ -81,6 +82,9 @@ class Options:
     patience_s : float, default 0.0
         Seconds that a cell may wait for other processes to leave the CPUs alone, and be measured again if
         they did not; the attempt that they disturbed least is kept.
+    clock : str, default "wall"
+        ``"cpu"`` takes the time that the thread had a CPU, for a machine that others use too. Only with one
+        thread: several wait for each other.
     skewed, errors, packing, stages : bool, default True
         Whether to measure these too.
     """
@@ -98,6 +102,7 @@ class Options:
     most_cell_s: float = 10.0
     most_call_s: float = 30.0
     patience_s: float = 0.0
+    clock: str = "wall"
     skewed: bool = True
     errors: bool = True
     packing: bool = True
@@ -109,6 +114,10 @@ class Options:
                 raise KtkArgumentError(f"{name} is empty; name at least one")
         for value in (*self.batches, self.rounds, *(self.threads or ())):
             checked_int("batches, rounds and threads", value, 1)
+        if self.clock not in CLOCKS:
+            raise KtkArgumentError(f"clock must be one of {', '.join(CLOCKS)}, got {self.clock!r}")
+        if self.clock == "cpu" and set(self.threads or ()) != {1}:
+            raise KtkArgumentError(f"the cpu clock needs threads to be 1, got {self.threads}")
         if not self.patience_s >= 0:
             raise KtkArgumentError(f"patience_s must not be negative, got {self.patience_s}")
         for name in ("cell_s", "most_cell_s", "most_call_s"):
@@ -154,6 +163,7 @@ def run(
     _native.isa_check(isa)
     limit = options.memory_bytes or available_memory_bytes() // 2
     footprint = options.footprint_bytes or footprint_of_machine()
+    clock = CLOCKS[options.clock]
     report: dict[str, Any] = {
         "schema": SCHEMA,
         "ktk": _native.version(),
@@ -164,6 +174,7 @@ def run(
         "load_average": {"before": list(os.getloadavg())},
         "isa": isa,
         "rounds": options.rounds,
+        "clock": options.clock,
         "footprint_bytes": footprint,
         "probes": [],
         "cells": [],
@@ -187,7 +198,10 @@ def run(
             torch.set_num_threads(count)
             with WorkerPoolConfig.from_threads(count).make_pool() as pool:
                 tell("probes")
-                with ReadProbe(pool, isa, footprint) as read, _Peaks(pool, options.formats, isa) as peaks:
+                with (
+                    ReadProbe(pool, isa, footprint, clock=clock) as read,
+                    _Peaks(pool, options.formats, isa, clock) as peaks,
+                ):
                     report["probes"].append(_probe_entry(count, read, peaks))
                     for shape in options.shapes:
                         fitted = shape.fitting(
@@ -233,11 +247,11 @@ def _torch_threads() -> Iterator[None]:
 class _Peaks(dict[str, PeakProbe]):
     """The peak probe of each format, closed at the end of a `with` block."""
 
-    def __init__(self, pool: _native.Pool, formats: Sequence[FormatChoice], isa: str) -> None:
+    def __init__(self, pool: _native.Pool, formats: Sequence[FormatChoice], isa: str, clock: Clock) -> None:
         super().__init__()
         for choice in formats:
             if choice.format not in self:
-                self[choice.format] = PeakProbe(pool, choice.format, isa)
+                self[choice.format] = PeakProbe(pool, choice.format, isa, clock=clock)
 
     def __enter__(self) -> _Peaks:
         return self
@@ -405,6 +419,7 @@ class _ShapeBench:
     ) -> None:
         self.shape, self.pool, self.isa, self.options = shape, pool, isa, options
         self.footprint, self.limit = footprint, limit
+        self.clock = CLOCKS[options.clock]
         self.weights = GaussianWeights(shape)
         self._exact: tuple[Batch, torch.Tensor] | None = None
 
@@ -446,13 +461,13 @@ class _ShapeBench:
         sources = [[m.clone() for m in self.weights.matrices(e)] for e in range(count)]
         moved = count * (source_bytes + layers.expert_bytes)
         rates, copies = [], []
-        with CopyProbe(self.pool, self.isa, self.footprint // 2) as copy:
+        with CopyProbe(self.pool, self.isa, self.footprint // 2, clock=self.clock) as copy:
             copies.append(copy.rate())
             for _ in range(PACKING_ROUNDS):
-                began = time.perf_counter()
+                began = self.clock()
                 for expert, matrices in enumerate(sources):
                     layers.pack(layers.moes[0], expert, matrices)
-                rates.append(moved / (time.perf_counter() - began))
+                rates.append(moved / (self.clock() - began))
                 copies.append(copy.rate())
             name = copy.name
         pairs = zip(rates, figures.between(copies), strict=True)
@@ -499,9 +514,9 @@ class _ShapeBench:
             return call
 
         run(batch)
-        began = time.perf_counter()
+        began = self.clock()
         run(batch)
-        once = time.perf_counter() - began
+        once = self.clock() - began
         calls_of_round = max(1, math.ceil(options.cell_s / options.rounds / once))
         if calls_of_round > 1:
             for _ in layers.moes:
@@ -560,10 +575,10 @@ class _ShapeBench:
                 break
             for which, result in zip(batches, timed, strict=True):
                 distinct = 0
-                start = time.perf_counter()
+                start = self.clock()
                 for _ in range(calls_of_round):
                     distinct += which.distinct_experts(run(which))
-                seconds = time.perf_counter() - start
+                seconds = self.clock() - start
                 peaks.append(peak.rate())
                 reads.append(read.rate())
                 bound = figures.bound_of(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["CopyProbe", "PeakProbe", "ReadProbe", "footprint_of_machine", "last_level_cache_bytes"]
+
+Clock = Callable[[], float]
 
 # Times over the last-level cache that memory has to be, for next to nothing of it to be found there.
 CACHE_TIMES = 8
@@ -58,21 +62,22 @@ class _Probe:
         Owned from here on.
     run_s : float
         Seconds that one call of `rate` takes, about; at least one repeat is made.
+    clock : callable
+        Seconds so far, of which differences are taken.
     """
 
     # Rounds over all variants before one is chosen. Each is judged by its best, since what is sought is what
     # the machine can do.
     CHOOSING_ROUNDS = 3
 
-    def __init__(self, native: _native.Probe, run_s: float) -> None:
-        self._native = native
+    def __init__(self, native: _native.Probe, run_s: float, clock: Clock) -> None:
+        self._native, self._clock = native, clock
         self.names = native.variants
         repeats = [self._repeats(variant, run_s / 2) for variant in range(len(self.names))]
         self.best_of_variant = [0.0] * len(self.names)
         for _ in range(self.CHOOSING_ROUNDS):
             for variant, count in enumerate(repeats):
-                work, seconds = native.run(variant, count)
-                self.best_of_variant[variant] = max(self.best_of_variant[variant], work / seconds)
+                self.best_of_variant[variant] = max(self.best_of_variant[variant], self._rate(variant, count))
         self.chosen = max(range(len(self.names)), key=self.best_of_variant.__getitem__)
         self._count = self._repeats(self.chosen, run_s)
 
@@ -91,8 +96,12 @@ class _Probe:
 
     def rate(self) -> float:
         """Operations or bytes a second, measured now."""
-        work, seconds = self._native.run(self.chosen, self._count)
-        return work / seconds
+        return self._rate(self.chosen, self._count)
+
+    def _rate(self, variant: int, count: int) -> float:
+        began = self._clock()
+        work, _ = self._native.run(variant, count)
+        return work / (self._clock() - began)
 
     def close(self) -> None:
         """Free the probe's memory."""
@@ -121,11 +130,20 @@ class PeakProbe(_Probe):
         Default: that of layers.
     run_s : float, default 0.01
         Seconds of one measurement.
+    clock : callable, default `time.perf_counter`
+        Seconds so far. With a pool of one thread it may be `time.thread_time`.
     """
 
-    def __init__(self, pool: _native.Pool, format: str, isa: str | None = None, run_s: float = 0.01) -> None:
+    def __init__(
+        self,
+        pool: _native.Pool,
+        format: str,
+        isa: str | None = None,
+        run_s: float = 0.01,
+        clock: Clock = time.perf_counter,
+    ) -> None:
         native = _native.Probe(pool, kind=_native.PROBE_PRODUCT, format=format_info(format).code, isa=isa)
-        super().__init__(native, run_s)
+        super().__init__(native, run_s, clock)
 
 
 class ReadProbe(_Probe):
@@ -142,20 +160,32 @@ class ReadProbe(_Probe):
         Memory to read; default: `footprint_of_machine`.
     run_s : float, default 0.01
         Seconds of one measurement; all of the memory is read at least once.
+    clock : callable, default `time.perf_counter`
+        As for `PeakProbe`.
     """
 
     def __init__(
-        self, pool: _native.Pool, isa: str | None = None, bytes: int | None = None, run_s: float = 0.01
+        self,
+        pool: _native.Pool,
+        isa: str | None = None,
+        bytes: int | None = None,
+        run_s: float = 0.01,
+        clock: Clock = time.perf_counter,
     ) -> None:
         size = footprint_of_machine() if bytes is None else bytes
-        super().__init__(_native.Probe(pool, kind=_native.PROBE_READ, bytes=size, isa=isa), run_s)
+        super().__init__(_native.Probe(pool, kind=_native.PROBE_READ, bytes=size, isa=isa), run_s, clock)
 
 
 class CopyProbe(_Probe):
     """Bytes a second that are read plus those that are written when memory is copied; parameters as above."""
 
     def __init__(
-        self, pool: _native.Pool, isa: str | None = None, bytes: int | None = None, run_s: float = 0.01
+        self,
+        pool: _native.Pool,
+        isa: str | None = None,
+        bytes: int | None = None,
+        run_s: float = 0.01,
+        clock: Clock = time.perf_counter,
     ) -> None:
         size = footprint_of_machine() // 2 if bytes is None else bytes
-        super().__init__(_native.Probe(pool, kind=_native.PROBE_COPY, bytes=size, isa=isa), run_s)
+        super().__init__(_native.Probe(pool, kind=_native.PROBE_COPY, bytes=size, isa=isa), run_s, clock)

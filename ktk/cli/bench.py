@@ -18,10 +18,10 @@ from ktk.errors import KtkArgumentError
 
 __all__ = ["bench"]
 
-QUICK = {"shapes": "qwen3", "formats": "bf16,int8,int4-g32", "batches": "1,16,256"}
+QUICK = {"shapes": "qwen3", "formats": "bf16,int8,int4", "batches": "1,16,256"}
 FULL = {
     "shapes": "dsv3,qwen3,mixtral,awkward",
-    "formats": "bf16,int8,int4-g128,int4-g32,int4-row",
+    "formats": "bf16,int8-g128,int8-row,int4-g128,int4-g32,int4-row",
     "batches": "1,4,16,64,256,1024,4096",
 }
 GIGA = 10**9
@@ -34,7 +34,7 @@ def bench(
     ] = None,
     formats: Annotated[
         str | None,
-        typer.Option(help="bf16, int8, int4-g128, int4-g64, int4-g32, int4-row; with commas."),
+        typer.Option(help="bf16, int8-g128, int8-row, int4-g128, int4-g32, int4-row ...; with commas."),
     ] = None,
     batches: Annotated[
         str | None, typer.Option(help="Tokens of a forward, with commas.", show_default="1 to 4096")
@@ -65,6 +65,9 @@ def bench(
     patience_s: Annotated[
         float, typer.Option(min=0.0, help="Seconds a cell may wait for others to leave the CPUs alone.")
     ] = 0.0,
+    clock: Annotated[
+        str, typer.Option(help="wall, or with one thread cpu, for a machine that others use too.")
+    ] = "wall",
     skewed: Annotated[bool, typer.Option(help="Also with a quarter of the tokens at one expert.")] = True,
     errors: Annotated[bool, typer.Option(help="Also the error against float32.")] = True,
     packing: Annotated[bool, typer.Option(help="Also the speed of packing.")] = True,
@@ -115,6 +118,7 @@ def bench(
                 "most_cell_s": max_cell_s,
                 "most_call_s": max_call_s,
                 "patience_s": patience_s,
+                "clock": clock,
                 "skewed": skewed,
                 "errors": errors,
                 "packing": packing,
