@@ -73,7 +73,7 @@ class _Probe:
     def __init__(self, native: _native.Probe, run_s: float, clock: Clock) -> None:
         self._native, self._clock = native, clock
         self.names = native.variants
-        repeats = [self._repeats(variant, run_s / 2) for variant in range(len(self.names))]
+        repeats = [self._repeats(variant, run_s / 5) for variant in range(len(self.names))]
         self.best_of_variant = [0.0] * len(self.names)
         for _ in range(self.CHOOSING_ROUNDS):
             for variant, count in enumerate(repeats):

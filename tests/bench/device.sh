@@ -38,9 +38,10 @@ build() {
   python3 -m pip install -q --no-index --no-deps --target "$SITE" build/device/wheel/*.whl
 }
 
-# Everything that is not the wheel under test comes from the machine, or from WHEELS.
+# Everything that is not the wheel under test comes from the machine, or from WHEELS. Started elsewhere: in the
+# tree, Python would find the package without its library.
 run_ktk() {
-  PYTHONPATH=$SITE:$PWD/build/device/tools OMP_WAIT_POLICY=PASSIVE python3 -m ktk "$@"
+  (cd / && PYTHONPATH=$SITE:$OLDPWD/build/device/tools OMP_WAIT_POLICY=PASSIVE python3 -m ktk "$@")
 }
 
 bench() {

@@ -351,7 +351,8 @@ class KtkSide:
         if count > 1:
             one.moes += Layers(self.pool, shape, choice, weights, job["max_tokens"], count - 1).moes
         self.layers = one
-        self.read, self.peak = ReadProbe(self.pool), PeakProbe(self.pool, choice.format)
+        self.read = ReadProbe(self.pool, bytes=job["footprint"])
+        self.peak = PeakProbe(self.pool, choice.format)
         self.note = f"ktk {_native.version()}, {one.moes[0].isa}, {choice.name}, {job['threads']} threads"
 
     def run(self, batch: Batch, call: int) -> None:
