@@ -131,6 +131,11 @@ class FormatChoice:
         """Value of the C enumeration ``ktk_format``."""
         return format_info(self.format).code
 
+    @property
+    def asymmetric(self) -> bool:
+        """Whether groups have zero points, as layers have them by default."""
+        return format_info(self.format).asymmetric and self.group_size > 0
+
 
 def _format_choices() -> dict[str, FormatChoice]:
     choices = {}
@@ -142,7 +147,7 @@ def _format_choices() -> dict[str, FormatChoice]:
 
 
 FORMAT_CHOICES: Mapping[str, FormatChoice] = MappingProxyType(_format_choices())
-"""All variants of the formats that have no zero points, by name."""
+"""All formats and group sizes by name."""
 
 _DEFAULT_NAMES = {
     info.name: name
