@@ -242,7 +242,7 @@ def test_versions_agree(module: ModuleType) -> None:
 
 
 def test_constants_are_those_of_the_header(module: ModuleType, header: Abi) -> None:
-    for enum in ("ktk_dtype", "ktk_format", "ktk_part"):
+    for enum in ("ktk_dtype", "ktk_format", "ktk_part", "ktk_policy"):
         for name in header.enums[enum]:
             value = getattr(module, name.removeprefix("KTK_"))
             assert (type(value), value) == (int, header.enum_values[name])

@@ -11,6 +11,8 @@
 
 #include <cstdint>
 
+#include "core/train_kernels.h"
+
 namespace ktk {
 
 constexpr int kPanelColumns = 16;      // output neurons of one panel: a tile's columns, a vector's lanes
@@ -79,7 +81,8 @@ struct GateUpArgs {
   int32_t first_column, last_column;  // of the shard; first is a multiple of kIntermediateGroup
   float limit, alpha;
   int32_t strict;
-  float *scratch;  // kScratchFloats
+  float *scratch;                  // kScratchFloats
+  const GateUpTraining *training;  // null: a forward of inference
 };
 
 // Scratch of a worker: a pass's sums for the gate and up columns of a group, then their activations.
@@ -99,6 +102,7 @@ struct DownArgs {
   int32_t strict;
   float *scratch;  // kScratchFloats
   float *sum;      // [tokens][(last_panel - first_panel) * 16]
+  const LoraProduct *lora;  // null: none; of all panels
 };
 
 struct FinishArgs {
@@ -139,6 +143,8 @@ struct FormatKernels {
   void (*down)(const DownArgs *);
   // Returns 0, or 1 when a weight is not finite.
   int32_t (*pack)(const PackArgs *);
+  void (*expand)(const ExpandArgs *);
+  void (*unpack)(const UnpackArgs *);
 };
 
 struct Backend {
@@ -147,6 +153,7 @@ struct Backend {
   int32_t automatic;  // may be chosen without being named
   void (*finish)(const FinishArgs *);
   FormatKernels formats[3];  // by ktk_format
+  TrainKernels train;
 };
 
 }  // namespace ktk

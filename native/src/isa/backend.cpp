@@ -39,6 +39,7 @@ typedef KTK_ISA_OPS Ops;
 #include "kernels/product.h"
 #endif
 #include "kernels/expert.h"
+#include "kernels/train.h"
 
 template <class Format>
 constexpr FormatKernels kernels_of() {
@@ -54,6 +55,8 @@ constexpr FormatKernels kernels_of() {
   kernels.gate_up = gate_up<Ops, Format>;
   kernels.down = down<Ops, Format>;
   kernels.pack = Format::template pack<Ops>;
+  kernels.expand = expand<Ops, Format>;
+  kernels.unpack = unpack<Ops, Format>;
   return kernels;
 }
 
@@ -69,6 +72,16 @@ constexpr Backend backend = {
 #define KTK_KERNELS(format) kernels_of<format>(),
         KTK_FOR_EACH_FORMAT(KTK_KERNELS)
 #undef KTK_KERNELS
+    },
+    {
+        load_rows<Ops>,
+        transpose_rows<Ops>,
+        pack_tiles<Ops>,
+        pack_pairs<Ops>,
+        multiply<Ops>,
+        activation_backward<Ops>,
+        add_dropped<Ops>,
+        store_matrix<Ops>,
     },
 };
 

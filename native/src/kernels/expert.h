@@ -26,14 +26,15 @@ KTK_INLINE int pass_rows(const Gemm &gemm, bool tiles, int rows) {
   return fitting < 2 * kGroupRows ? 2 * kGroupRows : least(fitting, kPassRows);
 }
 
-// Tiles [0, tile_count) of a product, in runs of NT: calls use(tile, row, sums [tiles of the run][16]) for
+// Tiles [0, tile_count) of a product, and of `lora` on top of it unless that is null, in runs of NT: calls use(tile, row, sums [tiles of the run][16]) for
 // the first tile of each run and each row of [first, last), which begins a block. `scratch`: kSumFloats.
 template <class Ops, class Format, class Use>
 KTK_INLINE void product(const Product &p, bool tiles, int tile_count, int first, int last, float *scratch,
-                        Use use) {
+                        Use use, const Product *lora = nullptr) {
 #ifdef KTK_ISA_HAS_TILES
   if (tiles) {
     tile_product<Ops, Format>(p, tile_count, first, last, scratch);
+    if (lora != nullptr) tile_product<Ops, Bf16>(*lora, tile_count, first, last, scratch);
     for (int tile = 0; tile < tile_count; tile += kRunTiles) {
       const int width = least(tile_count - tile, kRunTiles) * kPanelColumns;
       const float *sums = scratch + (int64_t)tile * kPanelColumns * (last - first);
@@ -58,11 +59,43 @@ KTK_INLINE void product(const Product &p, bool tiles, int tile_count, int first,
         } else {
           vector_product<Ops, Format, 1, Ops::kTallMaxRows>(pair, row, row_stop, out, kPanelColumns);
         }
+        if (lora == nullptr) continue;
+        const Product added = lora->from_tile(tile);
+        if (count == 2) {
+          vector_product<Ops, Bf16, 2, Ops::kBlockMaxRows>(added, row, row_stop, out);
+        } else {
+          vector_product<Ops, Bf16, 1, Ops::kBlockMaxRows>(added, row, row_stop, out);
+        }
       }
       for (int row = group; row < stop; row++)
         use(tile, count, row, scratch + (row - group) * count * kPanelColumns);
     }
   }
+}
+
+// A product of bf16 operands: panels one after the other, or in pairs with `paired`.
+KTK_INLINE Product bf16_product(const Gemm &gemm, const uint8_t *tiles, bool paired, uint8_t *rows,
+                                int row_count, bool accumulate) {
+  const int64_t panel_bytes = (int64_t)gemm.steps * Bf16::kTileBytes;
+  Product p = {};
+  p.gemm = &gemm;
+  p.tiles = tiles;
+  p.tile_stride_bytes = paired ? Bf16::kTileBytes : panel_bytes;
+  p.pair_stride_bytes = 2 * panel_bytes;
+  p.step_stride_bytes = paired ? 2 * Bf16::kTileBytes : Bf16::kTileBytes;
+  p.rows.data = rows;
+  p.row_count = row_count;
+  p.accumulate = accumulate;
+  return p;
+}
+
+// 16 columns of gate and up of one row, before the activation, for the way back.
+template <class Ops>
+KTK_INLINE void save_gate_up(const GateUpTraining &training, int row, int column, typename Ops::F gate,
+                             typename Ops::F up) {
+  uint16_t *saved = training.saved + row * training.saved_stride;
+  store_values<Ops>(saved, KTK_DTYPE_BF16, column, training.saved_columns, gate);
+  store_values<Ops>(saved + training.saved_columns, KTK_DTYPE_BF16, column, training.saved_columns, up);
 }
 
 template <class Ops, class Format>
@@ -90,6 +123,13 @@ static void gate_up(const GateUpArgs *args) {
                        args->input,
                        args->rows};
     const int tile_count = (columns + kPanelColumns - 1) / kPanelColumns * 2;
+    const GateUpTraining *training = args->training;
+    const LoraProduct *lora = training != nullptr ? training->lora : nullptr;
+    Product added = {};
+    if (lora != nullptr) {
+      added = bf16_product(*lora->gemm, lora->tiles + panel * 2 * lora->gemm->steps * Bf16::kTileBytes, true,
+                           lora->rows, args->rows, true);
+    }
     for (int pass = 0; pass < args->rows; pass += rows_of_pass) {
       const int pass_stop = least(pass + rows_of_pass, args->rows);
       product<Ops, Format>(p, tiles, tile_count, pass, pass_stop, args->scratch,
@@ -102,10 +142,13 @@ static void gate_up(const GateUpArgs *args) {
                                  gate = Ops::add(gate, Ops::load_f(args->gate_bias + group + column));
                                if (args->up_bias != nullptr)
                                  up = Ops::add(up, Ops::load_f(args->up_bias + group + column));
+                               if (training != nullptr && training->saved != nullptr)
+                                 save_gate_up<Ops>(*training, row, group + column, gate, up);
                                Ops::store_f(activated + (row - pass) * kIntermediateGroup + column,
                                             gated_activation<Ops>(gate, up, args->limit, args->alpha));
                              }
-                           });
+                           },
+                           lora != nullptr ? &added : nullptr);
       for (int row = pass; row < pass_stop; row++) {
         const float *values = activated + (row - pass) * kIntermediateGroup;
         const RowAddress to = row_address(args->output.data, next, args->rows, row);
@@ -118,6 +161,11 @@ static void gate_up(const GateUpArgs *args) {
               args->output.sum + (int64_t)row * next.segments + index * next.segments_per_row_group);
         } else {
           round_group<Ops>(values, KTK_DTYPE_F32, 0, columns, first_step, to.step_stride_bytes);
+        }
+        if (training != nullptr && training->z != nullptr) {
+          const RowAddress z = row_address(training->z, *training->z_gemm, args->rows, row);
+          round_group<Ops>(values, KTK_DTYPE_F32, 0, columns,
+                           z.data + group / Bf16::kStepColumns * z.step_stride_bytes, z.step_stride_bytes);
         }
       }
     }
@@ -144,6 +192,12 @@ static void down(const DownArgs *args) {
                      kPanelColumns,
                      args->input,
                      args->rows};
+  Product added = {};
+  if (args->lora != nullptr) {
+    const Gemm &rank = *args->lora->gemm;
+    added = bf16_product(rank, args->lora->tiles + (int64_t)args->first_panel * rank.steps * Bf16::kTileBytes,
+                         false, args->lora->rows, args->rows, true);
+  }
   for (int pass = 0; pass < args->rows; pass += rows_of_pass) {
     product<Ops, Format>(
         p, tiles, panels, pass, least(pass + rows_of_pass, args->rows), args->scratch,
@@ -160,7 +214,8 @@ static void down(const DownArgs *args) {
             Ops::store_f(target + j * kPanelColumns,
                          Ops::fma(weight, y, Ops::load_f(target + j * kPanelColumns)));
           }
-        });
+        },
+        args->lora != nullptr ? &added : nullptr);
   }
 }
 
