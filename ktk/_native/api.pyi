@@ -195,9 +195,7 @@ class Moe:
 
         `incremental` adds to the output. Raises `KtkStateError` if a routed expert is not loaded.
         """
-    def unpack_expert(
-        self, expert: int, gate_ptr: int = 0, up_ptr: int = 0, down_ptr: int = 0
-    ) -> None:
+    def unpack_expert(self, expert: int, gate_ptr: int = 0, up_ptr: int = 0, down_ptr: int = 0) -> None:
         """Writes the dequantised weights of one expert: float32 [I, H], [I, H], [H, I]; 0: not wanted."""
     def close(self) -> None:
         """Waits until nothing of the layer is pending, then frees it."""

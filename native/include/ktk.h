@@ -242,8 +242,8 @@ typedef struct ktk_sft_context_config {
 typedef struct ktk_backward_args {
   uint32_t struct_size;
   int32_t grad_output_dtype;
-  const void *grad_output;    /* [num_tokens, H] of the context's forward */
-  void *grad_input;           /* [num_tokens, H] */
+  const void *grad_output; /* [num_tokens, H] of the context's forward */
+  void *grad_input;        /* [num_tokens, H] */
   int32_t grad_input_dtype;
   int32_t lora_dtype;         /* of the next six, which have the shapes of ktk_lora_tensors; not fp16 */
   float *grad_expert_weights; /* [num_tokens, top_k]; 0 where nothing was contributed */

@@ -454,7 +454,8 @@ ktk_status ktk_sft_set_lora(ktk_sft *sft, const ktk_lora_tensors *tensors) {
   });
 }
 
-ktk_status ktk_sft_context_create(ktk_sft *sft, const ktk_sft_context_config *config, ktk_sft_context **context) {
+ktk_status ktk_sft_context_create(ktk_sft *sft, const ktk_sft_context_config *config,
+                                  ktk_sft_context **context) {
   return guard([&] {
     const ktk_sft_context_config copy = read_struct(config, "config");
     require(copy.policy >= KTK_POLICY_NONE && copy.policy <= KTK_POLICY_RECOMPUTE, "policy ", copy.policy,

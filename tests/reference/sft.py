@@ -56,9 +56,7 @@ def product(a: Bounded, b: Bounded) -> Bounded:
     size_a, size_b = np.abs(a.value), np.abs(b.value)
     magnitude = (size_a + a.error) @ (size_b + b.error)
     linear = size_a @ b.error + a.error @ (size_b + b.error)
-    spread = CONFIDENCE * np.sqrt(
-        size_a**2 @ b.error**2 + a.error**2 @ (size_b**2 + b.error**2)
-    )
+    spread = CONFIDENCE * np.sqrt(size_a**2 @ b.error**2 + a.error**2 @ (size_b**2 + b.error**2))
     sums = min(terms, CONFIDENCE * np.sqrt(terms)) * U32 * magnitude
     flushed = terms * 2.0**-126 + 2.0**-126 * (size_a.sum(1)[:, None] + size_b.sum(0)[None, :])
     return Bounded(a.value @ b.value, np.minimum(linear, spread) + sums + flushed)
@@ -173,9 +171,7 @@ class Trainer:
         assert adapters is not None
         if adapters.seed is None or adapters.dropout == 0:
             return x
-        mask = dropout_factors(
-            adapters.seed, expert, projection, tokens, x.value.shape[1], adapters.dropout
-        )
+        mask = dropout_factors(adapters.seed, expert, projection, tokens, x.value.shape[1], adapters.dropout)
         return rounded(times(x, exact(mask)))
 
     def _scaled(self, a: Bounded, factor: npt.ArrayLike) -> Bounded:
@@ -208,9 +204,7 @@ class Trainer:
             out.append(_Pass(index, where, slot, gate, up, inputs, middles))
         return out
 
-    def _contributions(
-        self, ids: IdArray
-    ) -> list[tuple[int, npt.NDArray[np.intp], npt.NDArray[np.intp]]]:
+    def _contributions(self, ids: IdArray) -> list[tuple[int, npt.NDArray[np.intp], npt.NDArray[np.intp]]]:
         """(expert, tokens, slots), all rows of an expert together."""
         out = []
         for expert in range(len(self.layer.experts)):
@@ -274,8 +268,8 @@ class Trainer:
         rest = 1 - sigmoid
         swish = g * sigmoid
         derivative = sigmoid * (1 + slope * g * rest)
-        # |swish'| < 1.1 and |swish''| <= slope / 2. The fp32 operations cost at most 16 units, plus those that
-        # rounding slope * g costs the exponential.
+        # |swish'| < 1.1 and |swish''| <= slope / 2. The fp32 operations cost at most 16 units, plus those
+        # that rounding slope * g costs the exponential.
         units = 16 + 2 * np.abs(slope * g)
         swish_error = 1.1 * g_error + units * U32 * np.abs(swish) + 2.0**-126
         derivative_error = 0.5 * slope * g_error + units * U32 * (np.abs(derivative) + sigmoid) + 2.0**-126
@@ -284,7 +278,9 @@ class Trainer:
         by_up = Bounded(swish, swish_error)
         return (
             z,
-            Bounded(by_gate.value * g_pass, by_gate.error + g_unsure * (np.abs(by_gate.value) + by_gate.error)),
+            Bounded(
+                by_gate.value * g_pass, by_gate.error + g_unsure * (np.abs(by_gate.value) + by_gate.error)
+            ),
             Bounded(by_up.value * u_pass, by_up.error + u_unsure * (np.abs(by_up.value) + by_up.error)),
         )
 
@@ -362,7 +358,9 @@ class Trainer:
                     back = self._scaled(product(d, adapters.of(f"{name}_lora_b", index)), scale)
                     added = product(back, adapters.of(f"{name}_lora_a", index))
                     if adapters.seed is not None and adapters.dropout:
-                        mask = dropout_factors(adapters.seed, index, projection, where, hidden, adapters.dropout)
+                        mask = dropout_factors(
+                            adapters.seed, index, projection, where, hidden, adapters.dropout
+                        )
                         added = times(added, exact(mask))
                     gradient = plus(gradient, added)
                     put(

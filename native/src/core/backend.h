@@ -100,8 +100,8 @@ struct DownArgs {
   int32_t hidden_size;
   int32_t first_panel, last_panel;
   int32_t strict;
-  float *scratch;  // kScratchFloats
-  float *sum;      // [tokens][(last_panel - first_panel) * 16]
+  float *scratch;           // kScratchFloats
+  float *sum;               // [tokens][(last_panel - first_panel) * 16]
   const LoraProduct *lora;  // null: none; of all panels
 };
 

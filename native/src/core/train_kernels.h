@@ -24,11 +24,11 @@ struct Dropout {
 // Rows of numbers: row-major in memory, or an operand of rows.
 struct Source {
   const void *values;
-  int32_t dtype;           // ktk_dtype
-  int32_t columns;         // of a row
-  int64_t stride;          // values from one row to the next, row-major only
-  const int32_t *rows;     // which rows, null: 0, 1, 2 ...
-  const Gemm *operand;     // not null: `values` is an operand of operand_rows rows
+  int32_t dtype;        // ktk_dtype
+  int32_t columns;      // of a row
+  int64_t stride;       // values from one row to the next, row-major only
+  const int32_t *rows;  // which rows, null: 0, 1, 2 ...
+  const Gemm *operand;  // not null: `values` is an operand of operand_rows rows
   int32_t operand_rows;
   int32_t first_row;            // of an operand, added to each row
   const int32_t *dropout_rows;  // the row of each for `dropout`
@@ -105,7 +105,7 @@ struct ExpandArgs {
   const Gemm *gemm;
   const uint8_t *tiles, *scale, *zero;  // the projection's
   int32_t panels;
-  int32_t projections;           // 1, or 2 for gate and up
+  int32_t projections;            // 1, or 2 for gate and up
   int32_t first_column, columns;  // first_column on 64
   uint8_t *to;
 };
@@ -144,10 +144,10 @@ struct ActivationBackwardArgs {
   int32_t saved_columns;
   const float *expert_weights;  // [row_count]
   float limit, alpha;
-  const Gemm *gate_up_gemm;          // K: 32 of gate and 32 of up by turns
-  uint8_t *gate_up;                  // gradient of gate and up, times the scales
+  const Gemm *gate_up_gemm;            // K: 32 of gate and 32 of up by turns
+  uint8_t *gate_up;                    // gradient of gate and up, times the scales
   const float *gate_scale, *up_scale;  // by panels of 16 with 16 others between; null: 1
-  uint8_t *plain;                    // the same without the scales; null: not wanted
+  uint8_t *plain;                      // the same without the scales; null: not wanted
   const Gemm *z_gemm;
   uint8_t *z;       // the intermediate; null: not wanted
   float *products;  // [row_count]: gradient times intermediate, summed over the columns

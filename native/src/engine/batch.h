@@ -47,7 +47,7 @@ struct Moe::Batch {
     float *partial;  // [tokens][hidden], several shards only
   };
   std::vector<Shard> shards;
-  int64_t down_panels;                        // output panels of one unit
+  int64_t down_panels;                      // output panels of one unit
   const TrainingBatch *training = nullptr;  // null: inference
 };
 

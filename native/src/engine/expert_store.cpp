@@ -345,13 +345,14 @@ void ExpertStore::unpack(int32_t expert, float *gate, float *up, float *down) co
         rows[n] = row < shard.columns() ? target + neuron * hidden_size_ : nullptr;
       }
     }
-    const UnpackArgs args = {&gemm,
-                             part(index, expert, weight) + panel * gemm.steps * projections * kernels_.tile_bytes,
-                             part(index, expert, static_cast<ktk_part>(weight + 1)) + panel * scales * scale_bytes(gemm),
-                             part(index, expert, static_cast<ktk_part>(weight + 2)) + panel * scales,
-                             projections,
-                             projection,
-                             rows};
+    const UnpackArgs args = {
+        &gemm,
+        part(index, expert, weight) + panel * gemm.steps * projections * kernels_.tile_bytes,
+        part(index, expert, static_cast<ktk_part>(weight + 1)) + panel * scales * scale_bytes(gemm),
+        part(index, expert, static_cast<ktk_part>(weight + 2)) + panel * scales,
+        projections,
+        projection,
+        rows};
     kernels_.unpack(&args);
   };
   run_section(pool_, {Stage::pack, layer_index_}, units.data(), unit);

@@ -12,9 +12,9 @@ namespace ktk {
 namespace {
 
 constexpr int32_t kMostRank = 256;
-constexpr int32_t kChunkRows = 32;     // rows of one unit of the adapters' small products
+constexpr int32_t kChunkRows = 32;      // rows of one unit of the adapters' small products
 constexpr int32_t kBlockTokens = 1024;  // rows along K of one operand of a gradient
-constexpr int32_t kGradColumns = 64;   // columns of one unit of a gradient
+constexpr int32_t kGradColumns = 64;    // columns of one unit of a gradient
 constexpr int64_t kTokensOfUnit = 8;
 constexpr int64_t kTileBytes = 1024;
 constexpr int32_t kPanelsOfCall = 16;  // of one call of the product kernel
@@ -82,14 +82,14 @@ struct Training::Run {
   struct Chunk {
     int32_t expert, first, rows;  // expert: index in the route
   };
-  std::vector<Chunk> chunks{};      // of kChunkRows
-  std::vector<Chunk> blocks{};      // of kBlockTokens
-  std::vector<int64_t> k_steps{};   // steps of 32 rows before each expert's, and in all
-  int32_t unit_columns = 0;       // of grad_down
-  int32_t token_columns = 0;      // of grad_gate_up
+  std::vector<Chunk> chunks{};     // of kChunkRows
+  std::vector<Chunk> blocks{};     // of kBlockTokens
+  std::vector<int64_t> k_steps{};  // steps of 32 rows before each expert's, and in all
+  int32_t unit_columns = 0;        // of grad_down
+  int32_t token_columns = 0;       // of grad_gate_up
 
   // All on the first node.
-  uint8_t *gate_up_a = nullptr;  // tiles, by expert
+  uint8_t *gate_up_a = nullptr;     // tiles, by expert
   float *gate_up_middle = nullptr;  // [rows][stacked_panels * 16]: tokens through A
   float *down_middle = nullptr;     // [rows][rank_panels * 16]
   uint8_t *grad_rows = nullptr;     // operand: dO by expert, times the scales of down's rows
@@ -122,7 +122,7 @@ struct Training::Run {
     float *down_middle = nullptr, *grad_gate_up_middle = nullptr;
     float *partial = nullptr;  // [tokens][H]
     uint8_t *scratch = nullptr;
-    int64_t units = 0;  // of grad_down, an expert
+    int64_t units = 0;               // of grad_down, an expert
     uint8_t *base_factor = nullptr;  // transposed gradients of gate and up, then weighted intermediate
   };
   std::vector<Shard> shards{};
@@ -160,8 +160,10 @@ struct Training::Run {
   Dropout dropped(double share, int32_t expert_id, Projection projection) const {
     if (!dropout) return {0, 0, 1.0f};
     const auto seed = static_cast<uint64_t>(state.config.seed);
-    const uint64_t key = mix64(seed ^ mix64(uint64_t{static_cast<uint32_t>(expert_id)} * 3 + static_cast<uint64_t>(projection)));
-    return {key, static_cast<int32_t>(std::lround(share * (1 << 24))), static_cast<float>(1.0 / (1.0 - share))};
+    const uint64_t key = mix64(
+        seed ^ mix64(uint64_t{static_cast<uint32_t>(expert_id)} * 3 + static_cast<uint64_t>(projection)));
+    return {key, static_cast<int32_t>(std::lround(share * (1 << 24))),
+            static_cast<float>(1.0 / (1.0 - share))};
   }
   // The intermediate of a chunk with what the adapter's input drops; `first_column` is the shard's.
   Source dropped_intermediate(double share, int shard, int32_t first_column, const Chunk &chunk,
@@ -187,9 +189,9 @@ struct Training::Run {
 // One run of columns of a gradient into worker.out: rows [first_row, last_row) of a transposed factor times
 // what pack(first, rows, steps) makes tiles of, summed over the rows of the expert.
 template <typename Pack>
-void Training::Run::sum_gradient(const Backend &backend, const Worker &worker, int64_t index, const uint8_t *factor,
-                                 int32_t factor_rows, int32_t first_row, int32_t last_row, int32_t columns,
-                                 const Pack &pack) const {
+void Training::Run::sum_gradient(const Backend &backend, const Worker &worker, int64_t index,
+                                 const uint8_t *factor, int32_t factor_rows, int32_t first_row,
+                                 int32_t last_row, int32_t columns, const Pack &pack) const {
   const int32_t expert_rows = expert(static_cast<int32_t>(index)).rows;
   const auto panels = static_cast<int32_t>(divide_up(columns, kPanelColumns));
   for (int32_t first = 0; first < expert_rows; first += kBlockTokens) {
@@ -201,19 +203,14 @@ void Training::Run::sum_gradient(const Backend &backend, const Worker &worker, i
     }
     pack(first, rows, gemm.steps);
     const int64_t offset = block_offset({static_cast<int32_t>(index), first, rows});
-    const MultiplyArgs multiply = {&gemm,
-                                   const_cast<uint8_t *>(factor) + offset * factor_rows * kStepBytes,
-                                   factor_rows,
-                                   first_row,
-                                   last_row,
-                                   worker.tiles,
-                                   panels,
-                                   nullptr,
-                                   first > 0,
-                                   1,
-                                   worker.out,
-                                   kGradColumns,
-                                   worker.product};
+    const MultiplyArgs multiply = {
+        &gemm,         const_cast<uint8_t *>(factor) + offset * factor_rows * kStepBytes,
+        factor_rows,   first_row,
+        last_row,      worker.tiles,
+        panels,        nullptr,
+        first > 0,     1,
+        worker.out,    kGradColumns,
+        worker.product};
     backend.train.multiply(&multiply);
   }
 }
@@ -241,8 +238,8 @@ void add_parts(const std::vector<float *> &parts, int64_t first, int64_t count, 
 }
 
 // Columns of gate or up out of an operand that holds 32 of each by turns.
-void pack_by_turns(const TrainKernels &kernels, const Source &source, int32_t first, int32_t rows, int64_t column,
-                   int32_t columns, bool up, int32_t steps, uint8_t *to) {
+void pack_by_turns(const TrainKernels &kernels, const Source &source, int32_t first, int32_t rows,
+                   int64_t column, int32_t columns, bool up, int32_t steps, uint8_t *to) {
   for (int32_t c = 0; c < columns; c += 32) {
     const PackPairsArgs pairs = {source,
                                  first,
@@ -297,9 +294,10 @@ void Training::set_lora(const ktk_lora_tensors &tensors) {
                             tensors.up_b,   tensors.down_a, tensors.down_b};
   for (int i = 0; i < 6; i++) {
     require(pointers[i] != nullptr, "layer ", layer, ": ", kTensorNames[i], " is null");
-    require(reinterpret_cast<uintptr_t>(pointers[i]) % static_cast<uintptr_t>(dtype_bytes(tensors.dtype)) == 0,
-            "layer ", layer, ": ", kTensorNames[i], " is not aligned to its ", dtype_bytes(tensors.dtype),
-            "-byte values");
+    require(
+        reinterpret_cast<uintptr_t>(pointers[i]) % static_cast<uintptr_t>(dtype_bytes(tensors.dtype)) == 0,
+        "layer ", layer, ": ", kTensorNames[i], " is not aligned to its ", dtype_bytes(tensors.dtype),
+        "-byte values");
   }
   const std::lock_guard<std::mutex> lock(moe_.context_->pool.forward_mutex());
   lora_ = tensors;
@@ -411,7 +409,8 @@ void Training::start(Run &run) const {
                                run.token_columns / kPanelColumns * gate_up_steps,
                                int64_t{kGradColumns / kPanelColumns} * (kBlockTokens / 32)}) *
                      kTileBytes;
-    run.out_floats = std::max<int64_t>(int64_t{kPassRows} * std::max(run.unit_columns, run.token_columns), middle);
+    run.out_floats =
+        std::max<int64_t>(int64_t{kPassRows} * std::max(run.unit_columns, run.token_columns), middle);
     run.sum_floats = run.tokens * run.token_columns;
   }
   run.scratch_bytes = align_up(int64_t{kScratchFloats} * 4, 64) + align_up(run.tile_bytes, 64) +
@@ -426,12 +425,15 @@ void Training::place(Run &run, bool measuring) const {
   Scratch &scratch = moe_.context_->scratch;
   const int64_t rows = run.rows, experts = run.experts();
   const bool backward = run.args != nullptr;
-  const bool base = backward && (run.args->gate != nullptr || run.args->up != nullptr || run.args->down != nullptr);
+  const bool base =
+      backward && (run.args->gate != nullptr || run.args->up != nullptr || run.args->down != nullptr);
   const int64_t hidden_panels = divide_up(config.hidden_size, kPanelColumns);
   const auto operand_of = [rows](Arena &arena, const Gemm &gemm) {
     return arena.place<uint8_t>(rows * gemm.steps * kStepBytes);
   };
-  const auto tiles_of = [experts](Arena &arena, int64_t bytes) { return arena.place<uint8_t>(experts * bytes); };
+  const auto tiles_of = [experts](Arena &arena, int64_t bytes) {
+    return arena.place<uint8_t>(experts * bytes);
+  };
 
   Arena &shared = scratch.training;
   shared.begin(measuring);
@@ -462,7 +464,8 @@ void Training::place(Run &run, bool measuring) const {
       run.grad_gate_up_input[1] = operand_of(shared, run.extra.gate_up_rank);
       for (float *&select : run.select) select = shared.place<float>(align_up(2 * run.even_rank, 16));
     }
-    const auto stacked = static_cast<int32_t>(run.stacked_stride()), single = static_cast<int32_t>(run.rank_stride());
+    const auto stacked = static_cast<int32_t>(run.stacked_stride()),
+               single = static_cast<int32_t>(run.rank_stride());
     run.factors[Run::kGateMiddle] = {run.gate_up_middle, stacked, 0, run.even_rank, false, nullptr};
     run.factors[Run::kUpMiddle] = {run.gate_up_middle, stacked, run.even_rank, run.even_rank, false, nullptr};
     run.factors[Run::kDownMiddle] = {run.down_middle, single, 0, run.even_rank, true, nullptr};
@@ -483,7 +486,8 @@ void Training::place(Run &run, bool measuring) const {
     if (!shard.empty()) {
       if (run.adapted) {
         part.down_a = tiles_of(arena, run.rank_panels * int64_t{part.z_gemm.steps} * kTileBytes);
-        part.down_middle = store.shard_count() > 1 ? arena.place<float>(rows * run.rank_stride()) : run.down_middle;
+        part.down_middle =
+            store.shard_count() > 1 ? arena.place<float>(rows * run.rank_stride()) : run.down_middle;
         if (run.packs_forward) {
           extra.gate_up_tile_bytes = shard.panels * 2 * run.extra.gate_up_rank.steps * kTileBytes;
           extra.gate_up_tiles = tiles_of(arena, extra.gate_up_tile_bytes);
@@ -505,11 +509,13 @@ void Training::place(Run &run, bool measuring) const {
         }
         if (run.adapted) {
           part.down_a_back = tiles_of(arena, shard.panels * run.extra.down_rank.steps * kTileBytes);
-          part.gate_up_b_back = tiles_of(arena, run.stacked_panels * int64_t{part.gate_up_gemm.steps} * kTileBytes);
-          part.grad_gate_up_middle =
-              store.shard_count() > 1 ? arena.place<float>(rows * run.stacked_stride()) : run.grad_gate_up_middle;
+          part.gate_up_b_back =
+              tiles_of(arena, run.stacked_panels * int64_t{part.gate_up_gemm.steps} * kTileBytes);
+          part.grad_gate_up_middle = store.shard_count() > 1 ? arena.place<float>(rows * run.stacked_stride())
+                                                             : run.grad_gate_up_middle;
         }
-        if (base) part.base_factor = arena.place<uint8_t>(run.k_steps.back() * 3 * shard.columns() * kStepBytes);
+        if (base)
+          part.base_factor = arena.place<uint8_t>(run.k_steps.back() * 3 * shard.columns() * kStepBytes);
       }
     }
     if (measuring) arena.reserve(pool.node(s));
@@ -529,16 +535,17 @@ void Training::pack_adapters(Run &run, bool backward) const {
   // The first tensor found not finite: its index among the names, times experts, plus the expert, plus 1.
   std::atomic<int64_t> broken{0};
   const auto report = [&](int tensor, int32_t expert_id, int32_t failed) {
-    if (failed != 0) broken.store(int64_t{tensor} * config.num_experts + expert_id + 1, std::memory_order_relaxed);
+    if (failed != 0)
+      broken.store(int64_t{tensor} * config.num_experts + expert_id + 1, std::memory_order_relaxed);
   };
-  const auto tensor = [&](const void *base, int64_t expert_id, int64_t rows, int64_t columns, int64_t first_row,
-                          int64_t first_column, int64_t count) {
+  const auto tensor = [&](const void *base, int64_t expert_id, int64_t rows, int64_t columns,
+                          int64_t first_row, int64_t first_column, int64_t count) {
     const auto *values = static_cast<const uint8_t *>(base) +
                          ((expert_id * rows + first_row) * columns + first_column) * width;
     return matrix(values, lora_.dtype, count, columns);
   };
-  const auto as_tiles = [&](const Source &source, int64_t rows, int64_t to_column, int64_t to_depth, int64_t steps,
-                            int64_t panel_stride, int64_t step_stride, uint8_t *to) {
+  const auto as_tiles = [&](const Source &source, int64_t rows, int64_t to_column, int64_t to_depth,
+                            int64_t steps, int64_t panel_stride, int64_t step_stride, uint8_t *to) {
     const PackTilesArgs args = {source,
                                 static_cast<int32_t>(rows),
                                 static_cast<int32_t>(to_column),
@@ -607,52 +614,62 @@ void Training::pack_adapters(Run &run, bool backward) const {
       case kGateUpA: {
         uint8_t *to = cleared(run.gate_up_a, run.stacked_panels * hidden_steps * kTileBytes);
         const int64_t panel = hidden_steps * kTileBytes;
-        report(0, id, as_tiles(tensor(lora_.gate_a, id, rank, hidden, 0, 0, hidden), rank, 0, 0, hidden_steps, panel,
-                               kTileBytes, to));
-        report(2, id, as_tiles(tensor(lora_.up_a, id, rank, hidden, 0, 0, hidden), rank, run.even_rank, 0,
-                               hidden_steps, panel, kTileBytes, to));
+        report(0, id,
+               as_tiles(tensor(lora_.gate_a, id, rank, hidden, 0, 0, hidden), rank, 0, 0, hidden_steps, panel,
+                        kTileBytes, to));
+        report(2, id,
+               as_tiles(tensor(lora_.up_a, id, rank, hidden, 0, 0, hidden), rank, run.even_rank, 0,
+                        hidden_steps, panel, kTileBytes, to));
         return;
       }
       case kDownB: {
         uint8_t *to = cleared(run.extra.down_tiles, run.extra.down_tile_bytes);
-        report(5, id, as_tiles(tensor(lora_.down_b, id, hidden, rank, 0, 0, rank), hidden, 0, 0, rank_steps,
-                               rank_steps * kTileBytes, kTileBytes, to));
+        report(5, id,
+               as_tiles(tensor(lora_.down_b, id, hidden, rank, 0, 0, rank), hidden, 0, 0, rank_steps,
+                        rank_steps * kTileBytes, kTileBytes, to));
         return;
       }
       case kDownBBack: {
         uint8_t *to = cleared(run.down_b_back, run.rank_panels * hidden_steps * kTileBytes);
-        report(5, id, as_pairs(tensor(lora_.down_b, id, hidden, rank, 0, 0, rank), hidden, 0, 0, 0, rank,
-                               hidden_steps, to));
+        report(5, id,
+               as_pairs(tensor(lora_.down_b, id, hidden, rank, 0, 0, rank), hidden, 0, 0, 0, rank,
+                        hidden_steps, to));
         return;
       }
       case kGateUpABack: {
         uint8_t *to = cleared(run.gate_up_a_back, hidden_panels * stacked_steps * kTileBytes);
-        report(0, id, as_pairs(tensor(lora_.gate_a, id, rank, hidden, 0, 0, hidden), rank, 0, 0, 0, hidden,
-                               stacked_steps, to));
-        report(2, id, as_pairs(tensor(lora_.up_a, id, rank, hidden, 0, 0, hidden), rank, 0, run.even_rank, 0, hidden,
-                               stacked_steps, to));
+        report(0, id,
+               as_pairs(tensor(lora_.gate_a, id, rank, hidden, 0, 0, hidden), rank, 0, 0, 0, hidden,
+                        stacked_steps, to));
+        report(2, id,
+               as_pairs(tensor(lora_.up_a, id, rank, hidden, 0, 0, hidden), rank, 0, run.even_rank, 0, hidden,
+                        stacked_steps, to));
         return;
       }
       case kGateUpB: {
         uint8_t *to = cleared(extra.gate_up_tiles, extra.gate_up_tile_bytes);
         const int64_t panel = 2 * stacked_steps * kTileBytes;
-        report(1, id, as_tiles(tensor(lora_.gate_b, id, intermediate, rank, first, 0, rank), columns, 0, 0,
-                               stacked_steps, panel, 2 * kTileBytes, to));
-        report(3, id, as_tiles(tensor(lora_.up_b, id, intermediate, rank, first, 0, rank), columns, 0,
-                               run.even_rank, stacked_steps, panel, 2 * kTileBytes, to + kTileBytes));
+        report(1, id,
+               as_tiles(tensor(lora_.gate_b, id, intermediate, rank, first, 0, rank), columns, 0, 0,
+                        stacked_steps, panel, 2 * kTileBytes, to));
+        report(3, id,
+               as_tiles(tensor(lora_.up_b, id, intermediate, rank, first, 0, rank), columns, 0, run.even_rank,
+                        stacked_steps, panel, 2 * kTileBytes, to + kTileBytes));
         return;
       }
       case kDownA: {
         const int64_t steps = part.z_gemm.steps;
         uint8_t *to = cleared(part.down_a, run.rank_panels * steps * kTileBytes);
-        report(4, id, as_tiles(tensor(lora_.down_a, id, rank, intermediate, 0, first, columns), rank, 0, 0, steps,
-                               steps * kTileBytes, kTileBytes, to));
+        report(4, id,
+               as_tiles(tensor(lora_.down_a, id, rank, intermediate, 0, first, columns), rank, 0, 0, steps,
+                        steps * kTileBytes, kTileBytes, to));
         return;
       }
       case kDownABack: {
         uint8_t *to = cleared(part.down_a_back, shard.panels * rank_steps * kTileBytes);
-        report(4, id, as_pairs(tensor(lora_.down_a, id, rank, intermediate, 0, first, columns), rank, 0, 0, 0, columns,
-                               rank_steps, to));
+        report(4, id,
+               as_pairs(tensor(lora_.down_a, id, rank, intermediate, 0, first, columns), rank, 0, 0, 0,
+                        columns, rank_steps, to));
         return;
       }
       case kGateUpBBack: {
@@ -697,15 +714,15 @@ void Training::adapter_input(Run &run) const {
       source.rows = run.route.tokens.data() + expert.first + chunk.first;
       source.dropout_rows = source.rows;
       source.dropout = run.dropped(share, expert.id, projection);
-      const LoadRowsArgs load = {source,  &run.hidden, chunk.rows, 0, chunk.rows, 1.0f, nullptr,
-                                 nullptr, worker.operand};
+      const LoadRowsArgs load = {source,  &run.hidden, chunk.rows,    0, chunk.rows, 1.0f,
+                                 nullptr, nullptr,     worker.operand};
       kernels.load_rows(&load);
       float *out = projection == kGate ? middle : worker.out;
-      const uint8_t *tiles = run.gate_up_a + chunk.expert * run.stacked_panels * int64_t{run.hidden.steps} * kTileBytes;
-      const MultiplyArgs multiply = {&run.hidden,        worker.operand, chunk.rows, 0,
-                                     chunk.rows,         tiles,          run.stacked_panels, nullptr,
-                                     0,                  config.strict,  out,        stride,
-                                     worker.product};
+      const uint8_t *tiles =
+          run.gate_up_a + chunk.expert * run.stacked_panels * int64_t{run.hidden.steps} * kTileBytes;
+      const MultiplyArgs multiply = {
+          &run.hidden, worker.operand, chunk.rows, 0,      chunk.rows,    tiles, run.stacked_panels, nullptr,
+          0,           config.strict,  out,        stride, worker.product};
       multiply_panels(kernels, multiply);
       if (projection == kUp) {
         for (int32_t row = 0; row < chunk.rows; row++) {
@@ -727,7 +744,8 @@ void Training::adapter_input(Run &run) const {
                                run.extra.gate_up_input + int64_t{expert.first} * gemm.steps * kStepBytes};
     kernels.load_rows(&load);
   };
-  spread(moe_.context_->pool, {Stage::lora_input, config.layer_index}, static_cast<int64_t>(run.chunks.size()), unit);
+  spread(moe_.context_->pool, {Stage::lora_input, config.layer_index},
+         static_cast<int64_t>(run.chunks.size()), unit);
 }
 
 // The intermediate through the A of down, a part a shard; with `z` null of the forward's batch.
@@ -739,7 +757,8 @@ void Training::adapter_middle(Run &run) const {
   const bool backward = run.shards[0].z != nullptr;
   const auto chunks = static_cast<int64_t>(run.chunks.size());
   std::vector<int64_t> units;
-  for (int s = 0; s < moe_.store().shard_count(); s++) units.push_back(moe_.store().shard(s).empty() ? 0 : chunks);
+  for (int s = 0; s < moe_.store().shard_count(); s++)
+    units.push_back(moe_.store().shard(s).empty() ? 0 : chunks);
   const auto unit = [&](int s, int index, int64_t which) {
     const Run::Chunk chunk = run.chunks[static_cast<size_t>(which)];
     const Route::Expert &expert = run.expert(chunk.expert);
@@ -751,26 +770,35 @@ void Training::adapter_middle(Run &run) const {
     z += expert.first * z_bytes;
     int32_t rows = expert.rows, first = chunk.first;
     if (run.dropout) {
-      const LoadRowsArgs load = {run.dropped_intermediate(share, s, moe_.store().shard(s).range.first, chunk, z), &part.z_gemm, chunk.rows, 0, chunk.rows,
-                                 1.0f, nullptr, nullptr, worker.operand};
+      const LoadRowsArgs load = {
+          run.dropped_intermediate(share, s, moe_.store().shard(s).range.first, chunk, z),
+          &part.z_gemm,
+          chunk.rows,
+          0,
+          chunk.rows,
+          1.0f,
+          nullptr,
+          nullptr,
+          worker.operand};
       kernels.load_rows(&load);
       z = worker.operand;
       rows = chunk.rows;
       first = 0;
     }
-    const MultiplyArgs multiply = {&part.z_gemm,
-                                   z,
-                                   rows,
-                                   first,
-                                   first + chunk.rows,
-                                   part.down_a + chunk.expert * run.rank_panels * int64_t{part.z_gemm.steps} * kTileBytes,
-                                   run.rank_panels,
-                                   nullptr,
-                                   0,
-                                   config.strict,
-                                   part.down_middle + (expert.first + chunk.first) * run.rank_stride(),
-                                   run.rank_stride(),
-                                   worker.product};
+    const MultiplyArgs multiply = {
+        &part.z_gemm,
+        z,
+        rows,
+        first,
+        first + chunk.rows,
+        part.down_a + chunk.expert * run.rank_panels * int64_t{part.z_gemm.steps} * kTileBytes,
+        run.rank_panels,
+        nullptr,
+        0,
+        config.strict,
+        part.down_middle + (expert.first + chunk.first) * run.rank_stride(),
+        run.rank_stride(),
+        worker.product};
     multiply_panels(kernels, multiply);
   };
   run_section(moe_.context_->pool, {Stage::lora_middle, config.layer_index}, units.data(), unit);
@@ -923,7 +951,8 @@ void Training::backward(TrainingState &state, const ktk_backward_args &args) con
   const ktk_moe_config &config = moe_.config();
   const int32_t layer = config.layer_index;
   if (state.config.policy == KTK_POLICY_NONE) {
-    fail(KTK_ERR_STATE, "layer ", layer, ": the context's policy is none, which keeps nothing for a backward");
+    fail(KTK_ERR_STATE, "layer ", layer,
+         ": the context's policy is none, which keeps nothing for a backward");
   }
   if (state.phase == TrainingState::Phase::fresh)
     fail(KTK_ERR_STATE, "layer ", layer, ": the context has had no forward yet");
@@ -966,7 +995,8 @@ void Training::backward(TrainingState &state, const ktk_backward_args &args) con
       moe_.gate_up(run.batch);
     } else {
       for (size_t s = 0; s < run.shards.size(); s++) {
-        if (state.gate_up[s].size() > 0) run.shards[s].saved = reinterpret_cast<uint16_t *>(state.gate_up[s].data());
+        if (state.gate_up[s].size() > 0)
+          run.shards[s].saved = reinterpret_cast<uint16_t *>(state.gate_up[s].data());
       }
     }
     gather_grad(run);
@@ -985,7 +1015,8 @@ void Training::backward(TrainingState &state, const ktk_backward_args &args) con
 
 namespace {
 
-// Where the scales of an expert's down rows are, if they go with the gradient; they are the same in every shard.
+// Where the scales of an expert's down rows are, if they go with the gradient; they are the same in every
+// shard.
 const float *row_scales(const ExpertStore &store, const FormatKernels &kernels, int shard, int32_t expert,
                         ktk_part scale, const Gemm &gemm) {
   if (!kernels.integer || gemm.scale_is_bf16) return nullptr;
@@ -1017,8 +1048,8 @@ void Training::gather_grad(Run &run) const {
                                run.grad_rows + int64_t{expert.first} * run.hidden.steps * kStepBytes};
     kernels.load_rows(&load);
   };
-  run_spread(moe_.context_->pool, {Stage::grad_input, config.layer_index}, static_cast<int64_t>(run.chunks.size()), 1,
-             unit);
+  run_spread(moe_.context_->pool, {Stage::grad_input, config.layer_index},
+             static_cast<int64_t>(run.chunks.size()), 1, unit);
 }
 
 // dO through the B of down, and that as an operand.
@@ -1037,27 +1068,28 @@ void Training::grad_adapter_input(Run &run) const {
     if (scaled) {
       Source source = matrix(run.args->grad_output, run.args->grad_output_dtype, hidden, hidden);
       source.rows = run.route.tokens.data() + expert.first + chunk.first;
-      const LoadRowsArgs load = {source,  &run.hidden, chunk.rows, 0, chunk.rows, 1.0f, nullptr,
-                                 nullptr, worker.operand};
+      const LoadRowsArgs load = {source,  &run.hidden, chunk.rows,    0, chunk.rows, 1.0f,
+                                 nullptr, nullptr,     worker.operand};
       kernels.load_rows(&load);
       rows = worker.operand;
       count = chunk.rows;
       first = 0;
     }
     float *middle = run.grad_down_middle + (expert.first + chunk.first) * stride;
-    const MultiplyArgs multiply = {&run.hidden,
-                                   rows,
-                                   count,
-                                   first,
-                                   first + chunk.rows,
-                                   run.down_b_back + chunk.expert * run.rank_panels * int64_t{run.hidden.steps} * kTileBytes,
-                                   run.rank_panels,
-                                   nullptr,
-                                   0,
-                                   config.strict,
-                                   middle,
-                                   stride,
-                                   worker.product};
+    const MultiplyArgs multiply = {
+        &run.hidden,
+        rows,
+        count,
+        first,
+        first + chunk.rows,
+        run.down_b_back + chunk.expert * run.rank_panels * int64_t{run.hidden.steps} * kTileBytes,
+        run.rank_panels,
+        nullptr,
+        0,
+        config.strict,
+        middle,
+        stride,
+        worker.product};
     multiply_panels(kernels, multiply);
     const Gemm &gemm = run.extra.down_rank;
     const LoadRowsArgs load = {matrix(middle, KTK_DTYPE_F32, gemm.depth, stride),
@@ -1071,11 +1103,12 @@ void Training::grad_adapter_input(Run &run) const {
                                run.grad_down_input + int64_t{expert.first} * gemm.steps * kStepBytes};
     kernels.load_rows(&load);
   };
-  spread(moe_.context_->pool, {Stage::grad_lora_input, config.layer_index}, static_cast<int64_t>(run.chunks.size()),
-         unit);
+  spread(moe_.context_->pool, {Stage::grad_lora_input, config.layer_index},
+         static_cast<int64_t>(run.chunks.size()), unit);
 }
 
-// Gradient of the intermediate, not yet weighted; its product with the intermediate; gradients of gate and up.
+// Gradient of the intermediate, not yet weighted; its product with the intermediate; gradients of gate and
+// up.
 void Training::grad_down(Run &run) const {
   const double share = config_.lora_dropout;
   const ktk_moe_config &config = moe_.config();
@@ -1102,14 +1135,16 @@ void Training::grad_down(Run &run) const {
                                columns,
                                worker.tiles};
     moe_.kernels_.expand(&expand);
-    const float *scale = row_scales(moe_.store(), moe_.kernels_, s, expert.id, KTK_PART_GATE_UP_SCALE, shard.gate_up);
+    const float *scale =
+        row_scales(moe_.store(), moe_.kernels_, s, expert.id, KTK_PART_GATE_UP_SCALE, shard.gate_up);
     const int64_t stride = run.unit_columns;
     const int64_t gate_up_row = int64_t{part.gate_up_gemm.steps} * kStepBytes;
     LoraProduct lora{};
     const uint8_t *lora_tiles = nullptr;
     if (run.adapted) {
       const Gemm &rank = run.extra.down_rank;
-      lora_tiles = part.down_a_back + (e * shard.panels + column / kPanelColumns) * int64_t{rank.steps} * kTileBytes;
+      lora_tiles =
+          part.down_a_back + (e * shard.panels + column / kPanelColumns) * int64_t{rank.steps} * kTileBytes;
       lora = {&rank, run.grad_down_input + int64_t{expert.first} * rank.steps * kStepBytes, lora_tiles};
     }
     for (int32_t first = 0; first < expert.rows; first += kPassRows) {
@@ -1129,8 +1164,9 @@ void Training::grad_down(Run &run) const {
                                      worker.product};
       kernels.multiply(&multiply);
       if (run.dropout) {
-        const MultiplyArgs apart = {lora.gemm, lora.rows,     expert.rows, first,  last,          lora_tiles, panels,
-                                    nullptr,   0,             config.strict, worker.out2, stride, worker.product};
+        const MultiplyArgs apart = {lora.gemm,   lora.rows, expert.rows,   first, last,
+                                    lora_tiles,  panels,    nullptr,       0,     config.strict,
+                                    worker.out2, stride,    worker.product};
         kernels.multiply(&apart);
         const AddDroppedArgs add = {worker.out2,
                                     stride,
@@ -1146,27 +1182,28 @@ void Training::grad_down(Run &run) const {
         kernels.add_dropped(&add);
       }
       const int64_t z_row = int64_t{part.z_gemm.steps} * kStepBytes;
-      const ActivationBackwardArgs activation = {expert.rows,
-                                                 first,
-                                                 last,
-                                                 column,
-                                                 columns,
-                                                 worker.out,
-                                                 stride,
-                                                 part.saved + int64_t{expert.first} * 2 * shard.columns(),
-                                                 int64_t{2} * shard.columns(),
-                                                 shard.columns(),
-                                                 run.route.weights.data() + expert.first,
-                                                 config.swiglu_limit,
-                                                 config.swiglu_alpha,
-                                                 &part.gate_up_gemm,
-                                                 part.gate_up + expert.first * gate_up_row,
-                                                 scale,
-                                                 scale != nullptr ? scale + kPanelColumns : nullptr,
-                                                 part.plain != nullptr ? part.plain + expert.first * gate_up_row : nullptr,
-                                                 &part.z_gemm,
-                                                 part.z != nullptr ? part.z + expert.first * z_row : nullptr,
-                                                 part.products + which % part.units * run.rows + expert.first};
+      const ActivationBackwardArgs activation = {
+          expert.rows,
+          first,
+          last,
+          column,
+          columns,
+          worker.out,
+          stride,
+          part.saved + int64_t{expert.first} * 2 * shard.columns(),
+          int64_t{2} * shard.columns(),
+          shard.columns(),
+          run.route.weights.data() + expert.first,
+          config.swiglu_limit,
+          config.swiglu_alpha,
+          &part.gate_up_gemm,
+          part.gate_up + expert.first * gate_up_row,
+          scale,
+          scale != nullptr ? scale + kPanelColumns : nullptr,
+          part.plain != nullptr ? part.plain + expert.first * gate_up_row : nullptr,
+          &part.z_gemm,
+          part.z != nullptr ? part.z + expert.first * z_row : nullptr,
+          part.products + which % part.units * run.rows + expert.first};
       kernels.activation_backward(&activation);
     }
   };
@@ -1193,7 +1230,8 @@ void Training::grad_adapter_middle(Run &run) const {
   const int64_t stride = run.stacked_stride();
   const auto chunks = static_cast<int64_t>(run.chunks.size());
   std::vector<int64_t> units;
-  for (int s = 0; s < moe_.store().shard_count(); s++) units.push_back(moe_.store().shard(s).empty() ? 0 : chunks);
+  for (int s = 0; s < moe_.store().shard_count(); s++)
+    units.push_back(moe_.store().shard(s).empty() ? 0 : chunks);
   const auto unit = [&](int s, int index, int64_t which) {
     const Run::Chunk chunk = run.chunks[static_cast<size_t>(which)];
     const Route::Expert &expert = run.expert(chunk.expert);
@@ -1205,7 +1243,8 @@ void Training::grad_adapter_middle(Run &run) const {
                                    expert.rows,
                                    chunk.first,
                                    chunk.first + chunk.rows,
-                                   part.gate_up_b_back + chunk.expert * run.stacked_panels * int64_t{part.gate_up_gemm.steps} * kTileBytes,
+                                   part.gate_up_b_back + chunk.expert * run.stacked_panels *
+                                                             int64_t{part.gate_up_gemm.steps} * kTileBytes,
                                    run.stacked_panels,
                                    nullptr,
                                    0,
@@ -1234,15 +1273,16 @@ void Training::grad_adapter_middle(Run &run) const {
     add_parts(parts, at, chunk.rows * stride, run.grad_gate_up_middle);
     const Gemm &gemm = run.extra.gate_up_rank;
     for (int projection = 0; projection < (run.dropout ? 2 : 1); projection++) {
-      const LoadRowsArgs load = {matrix(run.grad_gate_up_middle + at, KTK_DTYPE_F32, gemm.depth, stride),
-                                 &gemm,
-                                 expert.rows,
-                                 chunk.first,
-                                 chunk.first + chunk.rows,
-                                 config_.lora_scale,
-                                 nullptr,
-                                 run.dropout ? run.select[projection] : nullptr,
-                                 run.grad_gate_up_input[projection] + int64_t{expert.first} * gemm.steps * kStepBytes};
+      const LoadRowsArgs load = {
+          matrix(run.grad_gate_up_middle + at, KTK_DTYPE_F32, gemm.depth, stride),
+          &gemm,
+          expert.rows,
+          chunk.first,
+          chunk.first + chunk.rows,
+          config_.lora_scale,
+          nullptr,
+          run.dropout ? run.select[projection] : nullptr,
+          run.grad_gate_up_input[projection] + int64_t{expert.first} * gemm.steps * kStepBytes};
       kernels.load_rows(&load);
     }
   };
@@ -1259,7 +1299,8 @@ void Training::grad_gate_up(Run &run) const {
   const int64_t hidden_panels = padded / kPanelColumns;
   const int64_t runs = divide_up(hidden, run.token_columns);
   std::vector<int64_t> units;
-  for (int s = 0; s < moe_.store().shard_count(); s++) units.push_back(moe_.store().shard(s).empty() ? 0 : runs);
+  for (int s = 0; s < moe_.store().shard_count(); s++)
+    units.push_back(moe_.store().shard(s).empty() ? 0 : runs);
   const auto unit = [&](int s, int index, int64_t which) {
     const ExpertStore::Shard &shard = moe_.store().shard(s);
     const Run::Shard &part = run.shards[static_cast<size_t>(s)];
@@ -1272,15 +1313,9 @@ void Training::grad_gate_up(Run &run) const {
     for (int64_t e = 0; e < run.experts(); e++) {
       const Route::Expert &expert = run.expert(static_cast<int32_t>(e));
       const Weights weights = weights_of(moe_.store(), s, expert.id, KTK_PART_GATE_UP_WEIGHT);
-      const ExpandArgs expand = {&shard.gate_up,
-                                 weights.tiles,
-                                 weights.scale,
-                                 weights.zero,
-                                 static_cast<int32_t>(shard.panels),
-                                 2,
-                                 column,
-                                 columns,
-                                 worker.tiles};
+      const ExpandArgs expand = {
+          &shard.gate_up, weights.tiles, weights.scale, weights.zero, static_cast<int32_t>(shard.panels), 2,
+          column,         columns,       worker.tiles};
       moe_.kernels_.expand(&expand);
       const Gemm &rank = run.extra.gate_up_rank;
       LoraProduct lora{};
@@ -1289,29 +1324,30 @@ void Training::grad_gate_up(Run &run) const {
         lora = {&rank, run.grad_gate_up_input[0] + int64_t{expert.first} * rank.steps * kStepBytes,
                 run.gate_up_a_back + (e * hidden_panels + column / kPanelColumns) * rank.steps * kTileBytes};
       }
-      const DownArgs down = {&part.gate_up_gemm,
-                             {worker.tiles, nullptr, nullptr},
-                             nullptr,
-                             {part.gate_up + int64_t{expert.first} * part.gate_up_gemm.steps * kStepBytes, nullptr, nullptr},
-                             run.route.tokens.data() + expert.first,
-                             run.ones + expert.first,
-                             expert.rows,
-                             config.hidden_size,
-                             0,
-                             panels,
-                             config.strict,
-                             worker.product,
-                             worker.sum,
-                             adapted && !run.dropout ? &lora : nullptr};
+      const DownArgs down = {
+          &part.gate_up_gemm,
+          {worker.tiles, nullptr, nullptr},
+          nullptr,
+          {part.gate_up + int64_t{expert.first} * part.gate_up_gemm.steps * kStepBytes, nullptr, nullptr},
+          run.route.tokens.data() + expert.first,
+          run.ones + expert.first,
+          expert.rows,
+          config.hidden_size,
+          0,
+          panels,
+          config.strict,
+          worker.product,
+          worker.sum,
+          adapted && !run.dropout ? &lora : nullptr};
       bf16.down(&down);
       if (!adapted || !run.dropout) continue;
       for (const Projection projection : {kGate, kUp}) {
         uint8_t *rows = run.grad_gate_up_input[projection] + int64_t{expert.first} * rank.steps * kStepBytes;
         for (int32_t first = 0; first < expert.rows; first += kPassRows) {
           const int32_t last = std::min(first + kPassRows, expert.rows);
-          const MultiplyArgs multiply = {&rank,   rows, expert.rows,   first,       last,  lora.tiles,
-                                         panels,  nullptr, 0,          config.strict, worker.out, width,
-                                         worker.product};
+          const MultiplyArgs multiply = {&rank,      rows,   expert.rows,   first, last,
+                                         lora.tiles, panels, nullptr,       0,     config.strict,
+                                         worker.out, width,  worker.product};
           kernels.multiply(&multiply);
           const AddDroppedArgs add = {worker.out,
                                       width,
@@ -1355,8 +1391,8 @@ void Training::grad_gate_up(Run &run) const {
     if (part.partial != nullptr) parts.push_back(part.partial);
   }
   if (parts.empty()) return;
-  run_spread(moe_.context_->pool, {Stage::grad_merge, config.layer_index}, divide_up(run.tokens, kTokensOfUnit), 0,
-             [&](int64_t which) {
+  run_spread(moe_.context_->pool, {Stage::grad_merge, config.layer_index},
+             divide_up(run.tokens, kTokensOfUnit), 0, [&](int64_t which) {
                const int64_t first = which * kTokensOfUnit;
                const FinishArgs finish = {parts.data(),
                                           static_cast<int32_t>(parts.size()),
@@ -1389,8 +1425,8 @@ void Training::transpose_factors(Run &run) const {
     const Route::Expert &expert = run.expert(block.expert);
     const Gemm gemm = make_gemm(bf16, block.rows, 0, false, 0);
     const TransposeRowsArgs transpose = {
-        matrix(factor.values + int64_t{expert.first} * factor.stride, KTK_DTYPE_F32, factor.first + factor.columns,
-               factor.stride),
+        matrix(factor.values + int64_t{expert.first} * factor.stride, KTK_DTYPE_F32,
+               factor.first + factor.columns, factor.stride),
         &gemm,
         block.first,
         factor.first,
@@ -1400,7 +1436,8 @@ void Training::transpose_factors(Run &run) const {
         factor.operand + run.block_offset(block) * factor.columns * kStepBytes};
     kernels.transpose_rows(&transpose);
   };
-  run_spread(moe_.context_->pool, {Stage::grad_lora, moe_.config().layer_index}, blocks * Run::kFactors, 1, unit);
+  run_spread(moe_.context_->pool, {Stage::grad_lora, moe_.config().layer_index}, blocks * Run::kFactors, 1,
+             unit);
 }
 
 void Training::grad_adapters(Run &run) const {
@@ -1424,10 +1461,10 @@ void Training::grad_adapters(Run &run) const {
                                     args.accumulate};
     kernels.store_matrix(&matrix);
   };
-  const auto pack = [&](const Source &source, int32_t first, int32_t rows, int64_t column, int64_t columns, int32_t steps,
-                        uint8_t *to) {
-    const PackPairsArgs pairs = {source, first, rows, 0, 0, static_cast<int32_t>(column), static_cast<int32_t>(columns),
-                                 steps, to};
+  const auto pack = [&](const Source &source, int32_t first, int32_t rows, int64_t column, int64_t columns,
+                        int32_t steps, uint8_t *to) {
+    const PackPairsArgs pairs = {
+        source, first, rows, 0, 0, static_cast<int32_t>(column), static_cast<int32_t>(columns), steps, to};
     kernels.pack_pairs(&pairs);
   };
 
@@ -1449,14 +1486,14 @@ void Training::grad_adapters(Run &run) const {
         Source source = matrix(run.state.input, run.state.input_dtype, hidden, hidden);
         source.rows = source.dropout_rows = tokens;
         source.dropout = run.dropped(share, expert.id, projection);
-        run.sum_gradient(moe_.backend(), worker, e, run.factors[Run::kGradGateUp].operand, 2 * run.even_rank, 0, 2 * run.even_rank,
-                     columns, [&](int32_t first, int32_t rows, int32_t steps) {
-                       pack(source, first, rows, column, columns, steps, worker.tiles);
-                     });
+        run.sum_gradient(moe_.backend(), worker, e, run.factors[Run::kGradGateUp].operand, 2 * run.even_rank,
+                         0, 2 * run.even_rank, columns, [&](int32_t first, int32_t rows, int32_t steps) {
+                           pack(source, first, rows, column, columns, steps, worker.tiles);
+                         });
         for (const Projection target : {kGate, kUp}) {
           if (targets[target] == nullptr || (run.dropout && target != projection)) continue;
-          store(worker.out + (target == kUp ? run.even_rank : 0) * kGradColumns, rank, columns, targets[target],
-                int64_t{expert.id} * rank * hidden + column, hidden, false);
+          store(worker.out + (target == kUp ? run.even_rank : 0) * kGradColumns, rank, columns,
+                targets[target], int64_t{expert.id} * rank * hidden + column, hidden, false);
         }
       }
       return;
@@ -1464,10 +1501,10 @@ void Training::grad_adapters(Run &run) const {
     if (args.down_b == nullptr) return;
     Source source = matrix(args.grad_output, args.grad_output_dtype, hidden, hidden);
     source.rows = tokens;
-    run.sum_gradient(moe_.backend(), worker, e, run.factors[Run::kDownMiddle].operand, run.even_rank, 0, run.even_rank, columns,
-                 [&](int32_t first, int32_t rows, int32_t steps) {
-                   pack(source, first, rows, column, columns, steps, worker.tiles);
-                 });
+    run.sum_gradient(moe_.backend(), worker, e, run.factors[Run::kDownMiddle].operand, run.even_rank, 0,
+                     run.even_rank, columns, [&](int32_t first, int32_t rows, int32_t steps) {
+                       pack(source, first, rows, column, columns, steps, worker.tiles);
+                     });
     store(worker.out, rank, columns, args.down_b, (int64_t{expert.id} * hidden + column) * rank, rank, true);
   };
   spread(moe_.context_->pool, {Stage::grad_lora, config.layer_index}, 2 * runs * run.experts(), shared);
@@ -1488,14 +1525,15 @@ void Training::grad_adapters(Run &run) const {
     const Route::Expert &expert = run.expert(static_cast<int32_t>(e));
     if (projection == kDown) {
       if (args.down_a == nullptr) return;
-      Source source = operand(part.z + int64_t{expert.first} * part.z_gemm.steps * kStepBytes, part.z_gemm, expert.rows);
+      Source source =
+          operand(part.z + int64_t{expert.first} * part.z_gemm.steps * kStepBytes, part.z_gemm, expert.rows);
       source.dropout_rows = run.route.tokens.data() + expert.first;
       source.dropout = run.dropped(share, expert.id, kDown);
       source.dropout_column = shard.range.first;
-      run.sum_gradient(moe_.backend(), worker, e, run.factors[Run::kGradDown].operand, run.even_rank, 0, run.even_rank, columns,
-                   [&](int32_t first, int32_t rows, int32_t steps) {
-                     pack(source, first, rows, column, columns, steps, worker.tiles);
-                   });
+      run.sum_gradient(moe_.backend(), worker, e, run.factors[Run::kGradDown].operand, run.even_rank, 0,
+                       run.even_rank, columns, [&](int32_t first, int32_t rows, int32_t steps) {
+                         pack(source, first, rows, column, columns, steps, worker.tiles);
+                       });
       store(worker.out, rank, columns, args.down_a,
             int64_t{expert.id} * rank * intermediate + shard.range.first + column, intermediate, false);
       return;
@@ -1507,16 +1545,18 @@ void Training::grad_adapters(Run &run) const {
                                   part.gate_up_gemm, expert.rows);
     const Run::Factor &factor = run.factors[projection == kGate ? Run::kGateMiddle : Run::kUpMiddle];
     run.sum_gradient(moe_.backend(), worker, e, factor.operand, run.even_rank, 0, run.even_rank, columns,
-                 [&](int32_t first, int32_t rows, int32_t steps) {
-                   pack_by_turns(kernels, source, first, rows, column, columns, projection == kUp, steps, worker.tiles);
-                 });
+                     [&](int32_t first, int32_t rows, int32_t steps) {
+                       pack_by_turns(kernels, source, first, rows, column, columns, projection == kUp, steps,
+                                     worker.tiles);
+                     });
     store(worker.out, rank, columns, target,
           (int64_t{expert.id} * intermediate + shard.range.first + column) * rank, rank, true);
   };
   run_section(moe_.context_->pool, {Stage::grad_lora, config.layer_index}, units.data(), sliced);
 }
 
-// Gradients of the base weights: [dG | dU | w Z]' transposed once, times the tokens and the gradient of the output.
+// Gradients of the base weights: [dG | dU | w Z]' transposed once, times the tokens and the gradient of the
+// output.
 void Training::grad_base(Run &run) const {
   const ktk_backward_args &args = *run.args;
   if (args.gate == nullptr && args.up == nullptr && args.down == nullptr) return;
@@ -1586,12 +1626,13 @@ void Training::grad_base(Run &run) const {
     source.rows = run.route.tokens.data() + expert.first;
     for (int32_t first = 0; first < shard.columns(); first += kPassRows) {
       const int32_t last = std::min(first + kPassRows, shard.columns());
-      run.sum_gradient(moe_.backend(), worker, e, factor_of(part, shard, kind), shard.columns(), first, last, columns,
-                   [&](int32_t first_row, int32_t rows, int32_t steps) {
-                     const PackPairsArgs pairs = {source, first_row, rows, 0, 0, static_cast<int32_t>(column), columns,
-                                                  steps, worker.tiles};
-                     kernels.pack_pairs(&pairs);
-                   });
+      run.sum_gradient(moe_.backend(), worker, e, factor_of(part, shard, kind), shard.columns(), first, last,
+                       columns, [&](int32_t first_row, int32_t rows, int32_t steps) {
+                         const PackPairsArgs pairs = {source,  first_row, rows,
+                                                      0,       0,         static_cast<int32_t>(column),
+                                                      columns, steps,     worker.tiles};
+                         kernels.pack_pairs(&pairs);
+                       });
       const int64_t neuron = shard.range.first + first;
       const int64_t offset = kind == 2 ? (int64_t{expert.id} * hidden + column) * intermediate + neuron
                                        : (int64_t{expert.id} * intermediate + neuron) * hidden + column;
@@ -1623,20 +1664,21 @@ void Training::clear_idle(Run &run) const {
     void *values;
     int64_t bytes;  // of an expert
   } gradients[] = {
-      {args.gate_a, rank * hidden * lora},         {args.gate_b, intermediate * rank * lora},
-      {args.up_a, rank * hidden * lora},           {args.up_b, intermediate * rank * lora},
-      {args.down_a, rank * intermediate * lora},   {args.down_b, hidden * rank * lora},
-      {args.gate, intermediate * hidden * base},   {args.up, intermediate * hidden * base},
+      {args.gate_a, rank * hidden * lora},       {args.gate_b, intermediate * rank * lora},
+      {args.up_a, rank * hidden * lora},         {args.up_b, intermediate * rank * lora},
+      {args.down_a, rank * intermediate * lora}, {args.down_b, hidden * rank * lora},
+      {args.gate, intermediate * hidden * base}, {args.up, intermediate * hidden * base},
       {args.down, hidden * intermediate * base},
   };
-  run_spread(moe_.context_->pool, {Stage::grad_merge, config.layer_index}, config.num_experts, 1, [&](int64_t expert) {
-    if (active[static_cast<size_t>(expert)]) return;
-    for (const auto &gradient : gradients) {
-      if (gradient.values == nullptr) continue;
-      std::memset(static_cast<uint8_t *>(gradient.values) + expert * gradient.bytes, 0,
-                  static_cast<size_t>(gradient.bytes));
-    }
-  });
+  run_spread(moe_.context_->pool, {Stage::grad_merge, config.layer_index}, config.num_experts, 1,
+             [&](int64_t expert) {
+               if (active[static_cast<size_t>(expert)]) return;
+               for (const auto &gradient : gradients) {
+                 if (gradient.values == nullptr) continue;
+                 std::memset(static_cast<uint8_t *>(gradient.values) + expert * gradient.bytes, 0,
+                             static_cast<size_t>(gradient.bytes));
+               }
+             });
 }
 
 }  // namespace ktk

@@ -33,7 +33,7 @@ struct TrainingState {
   Route route;
   const void *input = nullptr;  // the caller's, or `kept_input`
   int32_t input_dtype = 0;
-  NodeBuffer kept_input;           // bf16 [tokens][H]
+  NodeBuffer kept_input;            // bf16 [tokens][H]
   std::vector<NodeBuffer> gate_up;  // of each shard: bf16 [rows][2 * columns]
   size_t activation_bytes = 0, table_bytes = 0;
 };

@@ -26,8 +26,9 @@ KTK_INLINE int pass_rows(const Gemm &gemm, bool tiles, int rows) {
   return fitting < 2 * kGroupRows ? 2 * kGroupRows : least(fitting, kPassRows);
 }
 
-// Tiles [0, tile_count) of a product, and of `lora` on top of it unless that is null, in runs of NT: calls use(tile, row, sums [tiles of the run][16]) for
-// the first tile of each run and each row of [first, last), which begins a block. `scratch`: kSumFloats.
+// Tiles [0, tile_count) of a product, and of `lora` on top of it unless that is null, in runs of NT: calls
+// use(tile, row, sums [tiles of the run][16]) for the first tile of each run and each row of [first, last),
+// which begins a block. `scratch`: kSumFloats.
 template <class Ops, class Format, class Use>
 KTK_INLINE void product(const Product &p, bool tiles, int tile_count, int first, int last, float *scratch,
                         Use use, const Product *lora = nullptr) {
@@ -132,23 +133,23 @@ static void gate_up(const GateUpArgs *args) {
     }
     for (int pass = 0; pass < args->rows; pass += rows_of_pass) {
       const int pass_stop = least(pass + rows_of_pass, args->rows);
-      product<Ops, Format>(p, tiles, tile_count, pass, pass_stop, args->scratch,
-                           [&](int tile, int count, int row, const float *sums) {
-                             for (int j = 0; j < count; j += 2) {
-                               const int column = (tile + j) / 2 * kPanelColumns;
-                               typename Ops::F gate = Ops::load_f(sums + j * kPanelColumns);
-                               typename Ops::F up = Ops::load_f(sums + (j + 1) * kPanelColumns);
-                               if (args->gate_bias != nullptr)
-                                 gate = Ops::add(gate, Ops::load_f(args->gate_bias + group + column));
-                               if (args->up_bias != nullptr)
-                                 up = Ops::add(up, Ops::load_f(args->up_bias + group + column));
-                               if (training != nullptr && training->saved != nullptr)
-                                 save_gate_up<Ops>(*training, row, group + column, gate, up);
-                               Ops::store_f(activated + (row - pass) * kIntermediateGroup + column,
-                                            gated_activation<Ops>(gate, up, args->limit, args->alpha));
-                             }
-                           },
-                           lora != nullptr ? &added : nullptr);
+      product<Ops, Format>(
+          p, tiles, tile_count, pass, pass_stop, args->scratch,
+          [&](int tile, int count, int row, const float *sums) {
+            for (int j = 0; j < count; j += 2) {
+              const int column = (tile + j) / 2 * kPanelColumns;
+              typename Ops::F gate = Ops::load_f(sums + j * kPanelColumns);
+              typename Ops::F up = Ops::load_f(sums + (j + 1) * kPanelColumns);
+              if (args->gate_bias != nullptr)
+                gate = Ops::add(gate, Ops::load_f(args->gate_bias + group + column));
+              if (args->up_bias != nullptr) up = Ops::add(up, Ops::load_f(args->up_bias + group + column));
+              if (training != nullptr && training->saved != nullptr)
+                save_gate_up<Ops>(*training, row, group + column, gate, up);
+              Ops::store_f(activated + (row - pass) * kIntermediateGroup + column,
+                           gated_activation<Ops>(gate, up, args->limit, args->alpha));
+            }
+          },
+          lora != nullptr ? &added : nullptr);
       for (int row = pass; row < pass_stop; row++) {
         const float *values = activated + (row - pass) * kIntermediateGroup;
         const RowAddress to = row_address(args->output.data, next, args->rows, row);

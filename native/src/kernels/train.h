@@ -46,8 +46,9 @@ KTK_INLINE typename Ops::F load_source(const Source &source, int index, int64_t 
   if (source.operand != nullptr) {
     const RowAddress address =
         row_address((uint8_t *)source.values, *source.operand, source.operand_rows, (int)row);
-    v = Ops::load_bf16((const uint16_t *)(address.data + column / Bf16::kStepColumns * address.step_stride_bytes) +
-                       column % Bf16::kStepColumns);
+    v = Ops::load_bf16(
+        (const uint16_t *)(address.data + column / Bf16::kStepColumns * address.step_stride_bytes) +
+        column % Bf16::kStepColumns);
   } else {
     const int64_t width = source.dtype == KTK_DTYPE_F32 ? 4 : 2;
     v = load_values<Ops>((const uint8_t *)source.values + row * source.stride * width, source.dtype, column,
@@ -83,9 +84,8 @@ static void load_rows(const LoadRowsArgs *args) {
       if (scaled) v = Ops::mul(v, factor);
       if (args->column_scale != nullptr && c < gemm.depth)
         v = Ops::mul(v, Ops::load_f(args->column_scale + c));
-      Ops::store_bf16((uint16_t *)(to.data + c / Bf16::kStepColumns * to.step_stride_bytes) +
-                          c % Bf16::kStepColumns,
-                      v);
+      Ops::store_bf16(
+          (uint16_t *)(to.data + c / Bf16::kStepColumns * to.step_stride_bytes) + c % Bf16::kStepColumns, v);
     }
   }
 }
@@ -101,7 +101,8 @@ static void transpose_rows(const TransposeRowsArgs *args) {
         const int index = args->first + k + i;
         typename Ops::F v = Ops::zero_f();
         if (k + i < gemm.depth) {
-          const float factor = args->row_scale != nullptr ? args->scale * args->row_scale[index] : args->scale;
+          const float factor =
+              args->row_scale != nullptr ? args->scale * args->row_scale[index] : args->scale;
           v = Ops::mul(load_source<Ops>(args->source, index, args->first_column + column),
                        Ops::set1_f(factor));
         }
@@ -163,8 +164,9 @@ static int32_t pack_pairs(const PackPairsArgs *args) {
       Ops::store_i(bytes, words);
       for (int n = 0; n < least(kPanelColumns, args->columns - column); n++) {
         const int to = to_column % kPanelColumns + n;
-        __builtin_memcpy(panel + to / kPanelColumns * panel_bytes + (int64_t)pair * 64 + to % kPanelColumns * 4,
-                         bytes + n * 4, 4);
+        __builtin_memcpy(
+            panel + to / kPanelColumns * panel_bytes + (int64_t)pair * 64 + to % kPanelColumns * 4,
+            bytes + n * 4, 4);
       }
     }
   }
@@ -190,15 +192,17 @@ static void expand(const ExpandArgs *args) {
       const int out_step = panel / 2 * projections + which;
       for (int c = 0; c < args->columns; c += 32) {
         const int column = args->first_column + c;
-        uint8_t *to = args->to + c / 16 * out_panel_bytes + (int64_t)out_step * Bf16::kTileBytes + panel % 2 * 512;
+        uint8_t *to =
+            args->to + c / 16 * out_panel_bytes + (int64_t)out_step * Bf16::kTileBytes + panel % 2 * 512;
         const bool second = c + 16 < args->columns;
         if (panel >= args->panels) {
           __builtin_memset(to, 0, 512);
           if (second) __builtin_memset(to + out_panel_bytes, 0, 512);
           continue;
         }
-        const uint8_t *tile = args->tiles + panel * panel_bytes +
-                              ((int64_t)(column / Format::kStepColumns) * projections + which) * Format::kTileBytes;
+        const uint8_t *tile =
+            args->tiles + panel * panel_bytes +
+            ((int64_t)(column / Format::kStepColumns) * projections + which) * Format::kTileBytes;
         const int piece = column / 32 % kPieces;
         alignas(64) uint8_t words[1024];
         const uint8_t *pairs = tile;
@@ -269,7 +273,8 @@ static void multiply(const MultiplyArgs *args) {
   const Product p = bf16_product(*args->gemm, args->tiles, false, args->rows, args->row_count, false);
   Product added = {};
   if (args->lora != nullptr) {
-    added = bf16_product(*args->lora->gemm, args->lora->tiles, false, args->lora->rows, args->row_count, true);
+    added =
+        bf16_product(*args->lora->gemm, args->lora->tiles, false, args->lora->rows, args->row_count, true);
   }
   for (int pass = args->first; pass < args->last; pass += rows_of_pass) {
     product<Ops, Bf16>(
@@ -342,7 +347,8 @@ static void activation_backward(const ActivationBackwardArgs *args) {
       F gate_grad = Ops::zero_f(), up_grad = Ops::zero_f();
       if (column < valid) {
         const F gate = load_values<Ops>(saved, KTK_DTYPE_BF16, column, args->saved_columns);
-        const F up = load_values<Ops>(saved + args->saved_columns, KTK_DTYPE_BF16, column, args->saved_columns);
+        const F up =
+            load_values<Ops>(saved + args->saved_columns, KTK_DTYPE_BF16, column, args->saved_columns);
         a = activation_gradient<Ops>(gate, up, args->limit, args->alpha);
         const F dz = Ops::load_f(grad + c);
         products = Ops::fma(dz, a.z, products);

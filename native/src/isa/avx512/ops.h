@@ -63,8 +63,8 @@ struct Avx512Ops {
   KTK_INLINE I shift_left_16(I a) { return {_mm512_slli_epi32(a.v, 16)}; }
   KTK_INLINE I shift_right_i(I a, int count) { return {_mm512_srli_epi32(a.v, (unsigned)count)}; }
   KTK_INLINE void transpose_pairs(const uint8_t *rows, uint8_t *to) {
-    const __m512i regroup = _mm512_broadcast_i32x4(
-        _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+    const __m512i regroup =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
     __m512i r[8], pairs[8], fours[8];
     for (int i = 0; i < 8; i++) r[i] = _mm512_shuffle_epi8(_mm512_loadu_si512(rows + i * 64), regroup);
     // Of rows i and i + 1: the even groups of both, then the odd ones.
