@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernels/activation.h"
+#include "kernels/expanded_product.h"
 #include "kernels/product.h"
 #include "kernels/rows.h"
 
@@ -50,6 +51,22 @@ KTK_INLINE void product(const Product &p, bool tiles, int tile_count, int first,
   for (int tile = 0; tile < tile_count; tile += 2) {
     const Product pair = p.from_tile(tile);
     const int count = least(tile_count - tile, 2);
+    if constexpr (!Format::kInteger && Ops::kExpandedRows > 0) {
+      if (last - first >= Ops::kExpandedLeast) {
+        const auto run = [&](const Product &summand) {
+          if (count == 2) {
+            expanded_product<Ops, 2>(summand, first, last, scratch);
+          } else {
+            expanded_product<Ops, 1>(summand, first, last, scratch);
+          }
+        };
+        run(pair);
+        if (lora != nullptr) run(lora->from_tile(tile));
+        for (int row = first; row < last; row++)
+          use(tile, count, row, scratch + (row - first) * count * kPanelColumns);
+        continue;
+      }
+    }
     for (int group = first; group < last; group += kGroupRows) {
       const int stop = least(group + kGroupRows, last);
       for (int row = group; row < stop; row += kBlockRows) {

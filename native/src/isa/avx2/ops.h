@@ -39,6 +39,11 @@ struct Avx2Ops {
   // Rows from which an expert goes to matrix units; 0: there are none.
   static constexpr int32_t kTileRows = 0;
 
+  // Rows side by side of bf16 products whose weights are split into fp32 first, and how many rows that takes
+  // to pay: 3 rows x 2 tiles x 2 registers of sums leave one for weights and three for activations.
+  static constexpr int kExpandedRows = 3;
+  static constexpr int kExpandedLeast = 12;
+
   KTK_INLINE F zero_f() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   KTK_INLINE F set1_f(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
   KTK_INLINE F load_f(const float *p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -215,6 +220,16 @@ struct Avx2Ops {
     const __m256i pair = _mm256_set1_epi32(load_quad(activations));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(pair, 16)),
             _mm256_castsi256_ps(_mm256_and_si256(pair, _mm256_set1_epi32((int)0xffff0000)))};
+  }
+  // One of the two, in all lanes.
+  KTK_INLINE F even_bf16(const uint8_t *activations) {
+    const __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_set1_epi32(load_quad(activations)), 16));
+    return {even, even};
+  }
+  KTK_INLINE F odd_bf16(const uint8_t *activations) {
+    const __m256 odd = _mm256_castsi256_ps(
+        _mm256_and_si256(_mm256_set1_epi32(load_quad(activations)), _mm256_set1_epi32((int)0xffff0000)));
+    return {odd, odd};
   }
   KTK_INLINE F dot_bf16(F sum, WB weights, AB pair) {
     return fma(weights.odd, {pair.odd, pair.odd}, fma(weights.even, {pair.even, pair.even}, sum));

@@ -37,6 +37,7 @@ struct Avx512Ops {
   static constexpr int kTallMaxRows = 8;
   // Rows from which an expert goes to matrix units; 0: there are none.
   static constexpr int32_t kTileRows = 0;
+  static constexpr int kExpandedRows = 0;  // bf16 products use their operands as they are
 
   KTK_INLINE F zero_f() { return _mm512_setzero_ps(); }
   KTK_INLINE F set1_f(float value) { return _mm512_set1_ps(value); }

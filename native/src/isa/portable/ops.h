@@ -30,6 +30,7 @@ struct PortableOps {
   static constexpr int kTallMaxRows = 4;
   // Rows from which an expert goes to matrix units; 0: there are none.
   static constexpr int32_t kTileRows = 0;
+  static constexpr int kExpandedRows = 0;  // bf16 products use their operands as they are
 
   KTK_INLINE F zero_f() { return F{}; }
   KTK_INLINE F set1_f(float value) { return F{} + value; }
