@@ -18,6 +18,8 @@ static void expanded_rows(const float *weights, int steps, const RowAddress *row
     for (int j = 0; j < NT; j++) sum[r][j] = Ops::load_f(out + (r * NT + j) * kPanelColumns);
   }
   for (int step = 0; step < steps; step++) {
+    // The next rows lie behind these, beyond what the hardware foresees.
+    for (int r = 0; r < MR; r++) __builtin_prefetch(data[r] + MR * kStepBytes, 0, 3);
     for (int pair = 0; pair < 16; pair++) {
       typename Ops::F activations[MR];
       for (int r = 0; r < MR; r++) activations[r] = Ops::even_bf16(data[r] + pair * 4);

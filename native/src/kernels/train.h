@@ -96,7 +96,7 @@ static void transpose_rows(const TransposeRowsArgs *args) {
   for (int column = 0; column < args->columns; column += 16) {
     const int count = least(args->columns - column, 16);
     for (int k = 0; k < gemm.steps * Bf16::kStepColumns; k += 16) {
-      uint16_t block[16][16];
+      alignas(64) float block[16][16], turned[16 * 16];
       for (int i = 0; i < 16; i++) {
         const int index = args->first + k + i;
         typename Ops::F v = Ops::zero_f();
@@ -106,14 +106,14 @@ static void transpose_rows(const TransposeRowsArgs *args) {
           v = Ops::mul(load_source<Ops>(args->source, index, args->first_column + column),
                        Ops::set1_f(factor));
         }
-        Ops::store_bf16(block[i], v);
+        Ops::store_f(block[i], v);
       }
+      Ops::transpose(block, turned);
       for (int c = 0; c < count; c++) {
-        uint16_t values[16];
-        for (int i = 0; i < 16; i++) values[i] = block[i][c];
         const RowAddress to = row_address(args->to, gemm, args->columns, column + c);
-        __builtin_memcpy(to.data + k / Bf16::kStepColumns * to.step_stride_bytes + k % Bf16::kStepColumns * 2,
-                         values, 32);
+        Ops::store_bf16(
+            (uint16_t *)(to.data + k / Bf16::kStepColumns * to.step_stride_bytes) + k % Bf16::kStepColumns,
+            Ops::load_f(turned + c * 16));
       }
     }
   }
@@ -207,7 +207,7 @@ static void expand(const ExpandArgs *args) {
         alignas(64) uint8_t words[1024];
         const uint8_t *pairs = tile;
         if constexpr (Format::kInteger) {
-          typename Ops::I zero = Ops::set1_i(Format::kZeroPoint);
+          typename Ops::I zero = Ops::set1_i(Format::kZeroPoint * 16);
           typename Ops::F scale = Ops::set1_f(1.0f);
           if (grouped) {
             const int64_t group = column / gemm.group_columns;
@@ -242,7 +242,7 @@ static void unpack(const UnpackArgs *args) {
     for (int pair = 0; pair < Format::kStepColumns / 2; pair++) {
       const int column = step * Format::kStepColumns + pair * 2;
       if (column >= gemm.depth) break;
-      typename Ops::I zero = Ops::set1_i(Format::kZeroPoint);
+      typename Ops::I zero = Ops::set1_i(Format::kZeroPoint * 16);
       typename Ops::F scale = Ops::set1_f(1.0f);
       if (Format::kInteger) {
         const int64_t group = gemm.weight_groups > 1 ? column / gemm.group_columns : 0;
@@ -413,10 +413,14 @@ static void store_matrix(const StoreMatrixArgs *args) {
   }
   for (int row = 0; row < args->rows; row += 16) {
     const int count = least(16, args->rows - row);
-    for (int c = 0; c < args->columns; c++) {
-      float values[16];
-      for (int i = 0; i < count; i++) values[i] = args->values[(row + i) * args->stride + c];
-      store(c, row, count, values);
+    for (int c = 0; c < args->columns; c += 16) {
+      alignas(64) float block[16][16], turned[16 * 16];
+      for (int i = 0; i < 16; i++) {
+        Ops::store_f(block[i],
+                     i < count ? Ops::load_f(args->values + (row + i) * args->stride + c) : Ops::zero_f());
+      }
+      Ops::transpose(block, turned);
+      for (int i = 0; i < least(16, args->columns - c); i++) store(c + i, row, count, turned + i * 16);
     }
   }
 }

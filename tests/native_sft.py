@@ -9,10 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ktk import _native
-from layers import DTYPE_CODES, NativeLayer
-from reference.moe import Bounded
+from layers import DTYPE_CODES, FORMATS, NativeLayer, Options, pool_of
+from reference.moe import Activation, Bounded, Layer
+from reference.packing import Format
 from reference.rounding import BF16, F32, Array, F32Array
-from reference.sft import LORA_NAMES, Adapters, tolerance
+from reference.sft import LORA_NAMES, Adapters, Trainer, tolerance
+from strategies import make_input, make_routing, make_weights
 
 POLICIES = (_native.POLICY_SAVE, _native.POLICY_RECOMPUTE)
 
@@ -174,3 +176,86 @@ def assert_within(
             f"{name}: {bad.sum()} of {bad.size} values are off; at {worst} got {actual[worst]}, expected "
             f"{value[worst]} within {limit[worst]}"
         )
+
+
+BF16_FORMAT = Format(_native.FORMAT_BF16)
+SOME_FORMATS = (
+    *(form for form in FORMATS if form.group in (0, 32)),
+    Format(_native.FORMAT_INT4, 128, True),
+)
+PLAIN = Activation()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One forward and backward; what is left out is drawn from the seed."""
+
+    form: Format = BF16_FORMAT
+    isa: str | None = None
+    rank: int = 8
+    threads: tuple[int, ...] = (2,)
+    policy: int = _native.POLICY_SAVE
+    activation: Activation = PLAIN
+    dropout: float = 0.0
+    skip_lora: bool = False
+    hidden: int = 96
+    intermediate: int = 160
+    experts: int = 4
+    top_k: int = 2
+    batch: int = 24
+    routing: str = "mixed"
+    adapter_dtype: np.dtype = BF16
+    input_dtype: np.dtype = BF16
+    output_dtype: np.dtype = F32
+    base: bool = False
+    seed: int = 0
+
+
+def run(case: Case, policy: int | None = None) -> tuple[Array, NativeGradients, Trainer, tuple[Array, ...]]:
+    """Output, gradients, the reference and its arguments (x, ids, weights, grad)."""
+    rng = np.random.default_rng(case.seed)
+    experts = [make_weights(rng, case.hidden, case.intermediate, biases=True) for _ in range(case.experts)]
+    x = make_input(rng, case.batch, case.hidden, case.input_dtype)
+    ids, weights = make_routing(rng, case.routing, case.batch, case.experts, case.top_k)
+    grad = rng.standard_normal((case.batch, case.hidden)).astype(np.float32).astype(case.input_dtype)
+    adapters: Adapters | None = None
+    if case.rank:
+        adapters = make_adapters(
+            rng,
+            case.experts,
+            case.hidden,
+            case.intermediate,
+            case.rank,
+            case.adapter_dtype,
+            dropout=case.dropout,
+            seed=case.seed if case.dropout else None,
+        )
+    base = None
+    if case.base:
+        inner, hidden = case.intermediate, case.hidden
+        shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+        base = {name: np.full((case.experts, *shape), UNWRITTEN, F32) for name, shape in shapes.items()}
+    options = Options(isa=case.isa, activation=case.activation)
+    with pool_of(*case.threads) as pool, NativeLayer(pool, experts, case.form, options) as layer:
+        trainer = NativeTrainer(layer, adapters, case.skip_lora)
+        output, saved = trainer.forward(
+            x, ids, weights, case.policy if policy is None else policy, case.output_dtype
+        )
+        lora = {} if case.skip_lora else None
+        gradients = saved.backward(grad, case.output_dtype, lora, base)
+    used = None if case.skip_lora else adapters
+    reference = Trainer(Layer(experts, case.form, case.activation), used)
+    return output, gradients, reference, (x, ids, weights, grad)
+
+
+def check(case: Case) -> None:
+    output, gradients, reference, (x, ids, weights, grad) = run(case)
+    shards = len(case.threads)
+    assert_within("output", output, reference.forward(x, ids, weights, shards))
+    expected = reference.backward(x, ids, weights, grad, shards, case.base)
+    assert_within("grad_input", gradients.input, expected.input)
+    assert_within("grad_expert_weights", gradients.weights, expected.weights)
+    for name, value in expected.lora.items():
+        assert_within(name, gradients.lora[name], value)
+    for name, value in expected.base.items():
+        assert_within(name, gradients.base[name], value)
