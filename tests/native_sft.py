@@ -235,7 +235,7 @@ def run(case: Case, policy: int | None = None) -> tuple[Array, NativeGradients, 
         inner, hidden = case.intermediate, case.hidden
         shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
         base = {name: np.full((case.experts, *shape), UNWRITTEN, F32) for name, shape in shapes.items()}
-    options = Options(isa=case.isa, activation=case.activation)
+    options = Options(isa=case.isa, activation=case.activation, max_tokens=max(case.batch, 1))
     with pool_of(*case.threads) as pool, NativeLayer(pool, experts, case.form, options) as layer:
         trainer = NativeTrainer(layer, adapters, case.skip_lora)
         output, saved = trainer.forward(

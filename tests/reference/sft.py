@@ -96,7 +96,7 @@ def dropout_factors(
     ndarray of float64, shape (n, features)
     """
     share = float(np.float32(share))
-    key = _mix64((seed & _U64) ^ _mix64(expert * 3 + projection))
+    key = _mix64((seed & _U64) ^ _mix64(int(expert) * 3 + projection))
     threshold = int(np.rint(share * 2**24))
     feature = np.arange(features, dtype=np.uint32)
     out = np.empty((len(tokens), features))
@@ -333,11 +333,15 @@ class Trainer:
                     mask = exact(dropout_factors(adapters.seed, index, 2, where, inner, adapters.dropout))
                 dz = plus(dz, times(added, mask))
             dot = times(dz, z)
-            total = dot.value.sum(1)
+            with_bias = product(out, exact(expert.down_bias[:, None]))
+            total = dot.value.sum(1) + with_bias.value[:, 0]
             sizes = np.abs(dot.value).sum(1) + dot.error.sum(1)
             spread = np.minimum(dot.error.sum(1), CONFIDENCE * np.sqrt((dot.error**2).sum(1)))
             grad_weights.value[where, part.slot] = total
-            grad_weights.error[where, part.slot] = spread + (inner + shards) * U32 * sizes
+            sizes += np.abs(with_bias.value[:, 0]) + with_bias.error[:, 0]
+            grad_weights.error[where, part.slot] = (
+                spread + with_bias.error[:, 0] + (inner + shards) * U32 * sizes
+            )
             weighted = times(exact(np.broadcast_to(w, dz.value.shape)), dz)
             d_gate = rounded(times(weighted, by_gate))
             d_up = rounded(times(weighted, by_up))

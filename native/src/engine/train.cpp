@@ -108,7 +108,8 @@ struct Training::Run {
   enum FactorIndex { kGateMiddle, kUpMiddle, kDownMiddle, kGradGateUp, kGradDown, kFactors };
   Factor factors[kFactors] = {};
   float *ones = nullptr;
-  float *select[2] = {};  // [2 * even_rank]: 1 for the ranks of gate, of up
+  float *bias_products = nullptr;  // [rows]: dO times the bias of down
+  float *select[2] = {};           // [2 * even_rank]: 1 for the ranks of gate, of up
 
   struct Shard {
     uint8_t *down_a = nullptr;
@@ -226,6 +227,22 @@ void multiply_panels(const TrainKernels &kernels, const MultiplyArgs &args) {
     part.out = args.out + int64_t{first} * kPanelColumns;
     kernels.multiply(&part);
   }
+}
+
+// In 8 sums, whatever the compiler makes of them.
+float dot_bf16(const uint8_t *row, const float *other, int64_t count) {
+  float sums[8] = {};
+  for (int64_t i = 0; i < count; i++) {
+    uint16_t half;
+    std::memcpy(&half, row + 2 * i, 2);
+    const uint32_t bits = uint32_t{half} << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    sums[i % 8] += value * other[i];
+  }
+  float sum = 0.0f;
+  for (const float each : sums) sum += each;
+  return sum;
 }
 
 // Values [first, first + count) of all parts, in their order, into `sum`.
@@ -452,6 +469,7 @@ void Training::place(Run &run, bool measuring) const {
   if (backward) {
     run.grad_rows = operand_of(shared, run.hidden);
     run.ones = shared.place<float>(rows);
+    run.bias_products = shared.place<float>(rows);
   }
   if (backward && run.adapted) {
     run.down_b_back = tiles_of(shared, run.rank_panels * int64_t{run.hidden.steps} * kTileBytes);
@@ -1031,7 +1049,7 @@ void Training::gather_grad(Run &run) const {
   const TrainKernels &kernels = moe_.backend().train;
   const int64_t hidden = config.hidden_size;
   std::fill_n(run.ones, run.rows, 1.0f);
-  const auto unit = [&](int64_t which) {
+  const auto unit = [&](int s, int index, int64_t which) {
     const Run::Chunk chunk = run.chunks[static_cast<size_t>(which)];
     const Route::Expert &expert = run.expert(chunk.expert);
     Source source = matrix(run.args->grad_output, run.args->grad_output_dtype, hidden, hidden);
@@ -1047,9 +1065,20 @@ void Training::gather_grad(Run &run) const {
                                           moe_.store().shard(0).down),
                                run.grad_rows + int64_t{expert.first} * run.hidden.steps * kStepBytes};
     kernels.load_rows(&load);
+    const float *bias = moe_.store().bias(0, expert.id, KTK_PART_DOWN_BIAS);
+    for (int32_t row = chunk.first; row < chunk.first + chunk.rows; row++) {
+      float &product = run.bias_products[expert.first + row];
+      product = 0.0f;
+      if (bias == nullptr) continue;
+      uint8_t *values = run.worker(s, index).operand;  // a single row lies in one piece
+      source.rows = run.route.tokens.data() + expert.first + row;
+      const LoadRowsArgs single = {source, &run.hidden, 1, 0, 1, 1.0f, nullptr, nullptr, values};
+      kernels.load_rows(&single);
+      product = dot_bf16(values, bias, hidden);
+    }
   };
-  run_spread(moe_.context_->pool, {Stage::grad_input, config.layer_index},
-             static_cast<int64_t>(run.chunks.size()), 1, unit);
+  spread(moe_.context_->pool, {Stage::grad_input, config.layer_index},
+         static_cast<int64_t>(run.chunks.size()), unit);
 }
 
 // dO through the B of down, and that as an operand.
@@ -1210,11 +1239,12 @@ void Training::grad_down(Run &run) const {
   run_section(moe_.context_->pool, {Stage::grad_down, config.layer_index}, units.data(), unit);
 }
 
-// Sums over the units of each row, in the order of the shards and of their columns.
+// The product with down's bias, and sums over the units of each row, in the order of the shards and of their
+// columns.
 void Training::grad_expert_weights(Run &run) const {
   if (run.args->grad_expert_weights == nullptr) return;
   for (int64_t row = 0; row < run.rows; row++) {
-    float sum = 0.0f;
+    float sum = run.bias_products[row];
     for (const Run::Shard &part : run.shards) {
       for (int64_t unit = 0; unit < part.units; unit++) sum += part.products[unit * run.rows + row];
     }

@@ -17,13 +17,16 @@ KTK_INLINE bool uses_tiles(int32_t rows, int32_t strict) {
 }
 
 // Rows of one pass: on matrix units, passes of equal height whose sums take half of a 2 MiB second-level
-// cache; on vectors, as many rows as take half of it themselves.
+// cache; on vectors, as many rows as take half of it themselves, or what kExpandedBytes says.
+template <class Ops, class Format>
 KTK_INLINE int pass_rows(const Gemm &gemm, bool tiles, int rows) {
   if (tiles) {
     const int passes = (rows + kPassRows - 1) / kPassRows;
     return (rows + passes * kBlockRows - 1) / (passes * kBlockRows) * kBlockRows;
   }
-  const int fitting = (1 << 20) / (gemm.steps * kStepBytes) / kGroupRows * kGroupRows;
+  int bytes = 1 << 20;
+  if constexpr (!Format::kInteger && Ops::kExpandedRows > 0) bytes = Ops::kExpandedBytes;
+  const int fitting = bytes / (gemm.steps * kStepBytes) / kGroupRows * kGroupRows;
   return fitting < 2 * kGroupRows ? 2 * kGroupRows : least(fitting, kPassRows);
 }
 
@@ -121,7 +124,7 @@ static void gate_up(const GateUpArgs *args) {
   const Gemm &gemm = *args->gemm;
   const Gemm &next = *args->next;
   const bool tiles = uses_tiles<Ops, Format>(args->rows, args->strict);
-  const int rows_of_pass = pass_rows(gemm, tiles, args->rows);
+  const int rows_of_pass = pass_rows<Ops, Format>(gemm, tiles, args->rows);
   const int64_t panel_bytes = (int64_t)gemm.steps * 2 * Format::kTileBytes;
   const int64_t panel_scales = (int64_t)gemm.weight_groups * 2 * kPanelColumns;
   float *activated = args->scratch + kSumFloats;  // [rows of the pass][kIntermediateGroup]
@@ -194,7 +197,7 @@ template <class Ops, class Format>
 static void down(const DownArgs *args) {
   const Gemm &gemm = *args->gemm;
   const bool tiles = uses_tiles<Ops, Format>(args->rows, args->strict);
-  const int rows_of_pass = pass_rows(gemm, tiles, args->rows);
+  const int rows_of_pass = pass_rows<Ops, Format>(gemm, tiles, args->rows);
   const int64_t panel_bytes = (int64_t)gemm.steps * Format::kTileBytes;
   const int64_t panel_scales = (int64_t)gemm.weight_groups * kPanelColumns;
   const int panels = args->last_panel - args->first_panel;

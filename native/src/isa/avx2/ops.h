@@ -43,6 +43,8 @@ struct Avx2Ops {
   // to pay: 3 rows x 2 tiles x 2 registers of sums leave one for weights and three for activations.
   static constexpr int kExpandedRows = 3;
   static constexpr int kExpandedLeast = 12;
+  static constexpr int kExpandedBytes =
+      3 << 17;  // of rows in one pass, where the second-level cache has 512 KiB
 
   KTK_INLINE F zero_f() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   KTK_INLINE F set1_f(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
