@@ -853,12 +853,12 @@ void Training::forward(TrainingState &state, const ktk_forward_args &args) const
   if (state.phase != TrainingState::Phase::fresh) {
     fail(KTK_ERR_STATE, "layer ", config.layer_index, ": this context has had its forward; make a new one");
   }
-  require_adapters();
   const int64_t tokens = *args.num_tokens;
   require(tokens >= 0 && tokens <= config.max_tokens, "layer ", config.layer_index, ": ", tokens,
           " tokens are not in 0 to the layer's max_tokens ", config.max_tokens);
   PoolContext &context = *moe_.context_;
   const std::lock_guard<std::mutex> lock(context.pool.forward_mutex());
+  require_adapters();
   const SpanScope span(context.pool.own_lane(), {Stage::forward, config.layer_index}, tokens);
   state.tokens = static_cast<int32_t>(tokens);
   state.top_k = args.top_k;
@@ -977,9 +977,9 @@ void Training::backward(TrainingState &state, const ktk_backward_args &args) con
   if (state.phase == TrainingState::Phase::used) {
     fail(KTK_ERR_STATE, "layer ", layer, ": the context has had its backward; run the forward again");
   }
-  require_adapters();
   PoolContext &context = *moe_.context_;
   const std::lock_guard<std::mutex> lock(context.pool.forward_mutex());
+  require_adapters();
   const SpanScope span(context.pool.own_lane(), {Stage::backward, layer}, state.tokens);
   moe_.require_loaded(state.route);
   // From here on the context is spent, whatever happens.

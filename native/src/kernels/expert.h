@@ -83,9 +83,9 @@ KTK_INLINE void product(const Product &p, bool tiles, int tile_count, int first,
         if (lora == nullptr) continue;
         const Product added = lora->from_tile(tile);
         if (count == 2) {
-          vector_product<Ops, Bf16, 2, Ops::kBlockMaxRows>(added, row, row_stop, out);
+          vector_pair<Ops, Bf16>(added, row, row_stop, out);
         } else {
-          vector_product<Ops, Bf16, 1, Ops::kBlockMaxRows>(added, row, row_stop, out);
+          vector_product<Ops, Bf16, 1, Ops::kTallMaxRows>(added, row, row_stop, out, kPanelColumns);
         }
       }
       for (int row = group; row < stop; row++)

@@ -149,7 +149,7 @@ static void float_rows(const Product &p, const RowAddress address, float *out, i
   typename Ops::F sum[MR][NT];
   for (int r = 0; r < MR; r++) {
     for (int j = 0; j < NT; j++)
-      sum[r][j] = p.accumulate ? Ops::load_f(out + (r * NT + j) * kPanelColumns) : Ops::zero_f();
+      sum[r][j] = p.accumulate ? Ops::load_f(out + r * out_stride + j * kPanelColumns) : Ops::zero_f();
   }
   const uint8_t *rows = address.data;
   const uint8_t *tiles = p.tiles;

@@ -81,6 +81,9 @@ struct Avx2Ops {
   KTK_INLINE I and_i(I a, I b) { return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high)}; }
   KTK_INLINE I max_i(I a, I b) { return {_mm256_max_epi32(a.low, b.low), _mm256_max_epi32(a.high, b.high)}; }
   KTK_INLINE I shift_left_4(I a) { return {_mm256_slli_epi32(a.low, 4), _mm256_slli_epi32(a.high, 4)}; }
+  KTK_INLINE I mul_i(I a, I b) {
+    return {_mm256_mullo_epi32(a.low, b.low), _mm256_mullo_epi32(a.high, b.high)};
+  }
   KTK_INLINE I xor_i(I a, I b) { return {_mm256_xor_si256(a.low, b.low), _mm256_xor_si256(a.high, b.high)}; }
   KTK_INLINE I shift_left_16(I a) { return {_mm256_slli_epi32(a.low, 16), _mm256_slli_epi32(a.high, 16)}; }
   KTK_INLINE I shift_right_i(I a, int count) {

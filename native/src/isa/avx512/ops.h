@@ -60,6 +60,7 @@ struct Avx512Ops {
   KTK_INLINE I and_i(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
   KTK_INLINE I max_i(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }
   KTK_INLINE I shift_left_4(I a) { return {_mm512_slli_epi32(a.v, 4)}; }
+  KTK_INLINE I mul_i(I a, I b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
   KTK_INLINE I xor_i(I a, I b) { return {_mm512_xor_si512(a.v, b.v)}; }
   KTK_INLINE I shift_left_16(I a) { return {_mm512_slli_epi32(a.v, 16)}; }
   KTK_INLINE I shift_right_i(I a, int count) { return {_mm512_srli_epi32(a.v, (unsigned)count)}; }

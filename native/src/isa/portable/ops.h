@@ -66,6 +66,11 @@ struct PortableOps {
   KTK_INLINE I and_i(I a, I b) { return a & b; }
   KTK_INLINE I max_i(I a, I b) { return a > b ? a : b; }
   KTK_INLINE I shift_left_4(I a) { return a << 4; }
+  // Modulo 2^32.
+  KTK_INLINE I mul_i(I a, I b) {
+    typedef uint32_t U __attribute__((vector_size(64)));
+    return (I)((U)a * (U)b);
+  }
   KTK_INLINE I xor_i(I a, I b) { return a ^ b; }
   KTK_INLINE I shift_left_16(I a) { return a << 16; }
   KTK_INLINE I shift_left_23(I a) { return a << 23; }
