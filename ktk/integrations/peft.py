@@ -4,14 +4,52 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ktk.sft.base import LORA_NAMES
 from ktk.sft.errors import KTAMXConfigError
-from ktk.sft.layer import KTExpertList, KTMoELayerWrapper
-from ktk.sft.lora_sources import LoRASource, ParameterLoRA, PerExpertLoRA
+from ktk.sft.layer import KTExpertList, KTExperts, KTMoELayerWrapper
+from ktk.sft.lora_sources import FusedLoRA, LoRASource, ParameterLoRA, PerExpertLoRA
 from ktk.sft.weights import list_projections
 
-__all__ = ["lora_of_peft"]
+__all__ = ["KTLoraLayer", "lora_of_peft"]
+
+
+class KTLoraLayer(nn.Module, BaseTunerLayer):
+    """ktk's own adapters as a layer of PEFT, which then saves, loads, freezes and switches them.
+
+    Parameters
+    ----------
+    base_layer : KTExperts
+    adapter_name : str
+    rank : int
+    alpha, dropout : float
+    dtype : torch.dtype
+    """
+
+    adapter_layer_names = LORA_NAMES
+    other_param_names = ()
+
+    def __init__(
+        self, base_layer: KTExperts, adapter_name: str, rank: int, alpha: float, dropout: float, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        core = base_layer.core
+        core.adopt(FusedLoRA(self, core.sizes, rank, alpha, dropout, dtype, adapter_name))
+        self.train(base_layer.training)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Run the experts, see `ktk.sft.layer.KTExperts`."""
+        result: torch.Tensor = self.base_layer(hidden_states, top_k_index, top_k_weights)
+        return result
 
 
 def lora_of_peft(layer: KTMoELayerWrapper, experts: Any) -> LoRASource | None:
@@ -34,6 +72,8 @@ def lora_of_peft(layer: KTMoELayerWrapper, experts: Any) -> LoRASource | None:
     wrappers: dict[str, Any] = {}
     outer: Any = layer.experts
     while outer is not experts:
+        if isinstance(outer, KTLoraLayer):
+            return None
         if outer.parameter_name not in ("gate_up_proj", "down_proj"):
             raise KTAMXConfigError(f"PEFT adapts {outer.parameter_name} of experts, which ktk does not know")
         wrappers[outer.parameter_name] = outer

@@ -179,29 +179,40 @@ def _per_expert(tensors: Mapping[str, torch.Tensor], folder: Path) -> dict[int, 
 def _on_parameters(
     tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
 ) -> dict[int, dict[str, torch.Tensor]]:
-    """PEFT's adapters on fused parameters; gate and up share A. The outer of two is the later in the alphabet."""
-    rank = settings.get("r")
-    targets = sorted({str(name).rpartition(".")[2] for name in settings.get("target_parameters") or ()})
-    gathered: dict[int, dict[str, dict[str, torch.Tensor]]] = {}
+    """PEFT's adapters on fused parameters; gate and up share A."""
+    gathered: dict[int, dict[bool, dict[str, torch.Tensor]]] = {}
     for key, tensor in tensors.items():
         if match := _PARAMETER_KEY.search(key):
-            owner = targets[0] if match[2] or len(targets) == 1 else targets[-1]
-            gathered.setdefault(int(match[1]), {}).setdefault(owner, {})[match[3]] = tensor
+            gathered.setdefault(int(match[1]), {}).setdefault(match[2] is not None, {})[match[3]] = tensor
+    rank = settings.get("r")
     if gathered and not rank:
         raise KTAMXConfigError("adapters on fused experts need adapter_config.json with their rank, r")
     found: dict[int, dict[str, torch.Tensor]] = {}
-    for layer, owners in gathered.items():
-        for owner, pair in owners.items():
-            experts = pair["A"].shape[0] // int(rank or 1)
-            a = pair["A"].reshape(experts, -1, pair["A"].shape[-1])
-            b = pair["B"].reshape(pair["B"].shape[0], -1, experts).permute(2, 0, 1)
-            target = found.setdefault(layer, {})
-            if owner == "down_proj":
-                target |= {"down_lora_a": a, "down_lora_b": b}
-            else:
-                gate, up = split_rows(b, True)
-                target |= {"gate_lora_a": a, "up_lora_a": a, "gate_lora_b": gate, "up_lora_b": up}
+    for layer, pairs in gathered.items():
+        factors = [_factors(pair, int(rank or 1)) for pair in pairs.values()]
+        if len(factors) != 2:
+            raise KTAMXConfigError(
+                f"layer {layer} has adapters on one of gate_up_proj and down_proj only; load them with PEFT"
+            )
+        # The names say which is inside the other, not which is which; sizes do: H to 2I, and I to H.
+        (a, b), (down_a, down_b) = factors if factors[0][1].shape[1] == 2 * factors[1][0].shape[2] else factors[::-1]
+        gate, up = split_rows(b, True)
+        found[layer] = {
+            "gate_lora_a": a,
+            "gate_lora_b": gate,
+            "up_lora_a": a,
+            "up_lora_b": up,
+            "down_lora_a": down_a,
+            "down_lora_b": down_b,
+        }
     return found
+
+
+def _factors(pair: Mapping[str, torch.Tensor], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A ``[E, r, in]`` and B ``[E, out, r]`` of PEFT's ``[rE, in]`` and ``[out, rE]``."""
+    experts = pair["A"].shape[0] // rank
+    a = pair["A"].reshape(experts, rank, pair["A"].shape[-1])
+    return a, pair["B"].reshape(pair["B"].shape[0], rank, experts).permute(2, 0, 1)
 
 
 def _complete(

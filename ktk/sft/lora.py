@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,12 +110,13 @@ def _config(model: nn.Module, given: Any) -> KTConfig:
 
 
 def _adapt_layer(layer: KTMoELayerWrapper, model: nn.Module, config: KTConfig) -> None:
-    from ktk.integrations.peft import lora_of_peft
-
     experts = layer.inner_experts
     skip = layer.wrapper is not None and getattr(layer.wrapper, "skip_lora", False)
     found = None
-    if config.trains_lora and not skip and not config.kt_force_fused_expert_lora:
+    # Adapters of PEFT can only be there if PEFT was imported; ktk's own do not need it.
+    if "peft" in sys.modules and config.trains_lora and not skip and not config.kt_force_fused_expert_lora:
+        from ktk.integrations.peft import lora_of_peft
+
         found = lora_of_peft(layer, experts)
     if found is not None:
         if layer.core.lora is None or found.parameters().keys() != layer.core.lora.parameters().keys():
@@ -132,10 +134,15 @@ def _adapt_layer(layer: KTMoELayerWrapper, model: nn.Module, config: KTConfig) -
         if alpha is None:
             same_rank = peft is not None and peft.r == rank
             alpha = float(peft.lora_alpha) if same_rank else config.lora_alpha_of(rank)
-        name = getattr(model, "active_adapter", "default")
-        experts.add_fused_lora(
-            rank, alpha, config.kt_lora_dropout, torch.float32, name if isinstance(name, str) else "default"
-        )
+        if peft is None:
+            experts.add_fused_lora(rank, alpha, config.kt_lora_dropout, torch.float32)
+        else:
+            from ktk.integrations.peft import KTLoraLayer
+
+            adapter: Any = model.active_adapter
+            layer.experts = KTLoraLayer(
+                experts, adapter, rank, alpha, config.kt_lora_dropout, torch.float32
+            )
 
 
 def _peft_config(model: Any) -> Any:

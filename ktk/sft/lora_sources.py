@@ -109,7 +109,9 @@ class FusedLoRA(LoRASource):
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: getattr(self._module, name)[self.adapter_name] for name in LORA_NAMES}
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, torch.Tensor] | None:
+        if getattr(self._module, "disable_adapters", False):
+            return None
         return {name: _usable(tensor) for name, tensor in self.parameters().items()}
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -10,8 +10,29 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from ktk.sft import KTConfig, kt_adapt_peft_lora, wrap_moe_layers_with_kt_wrapper
-from tiny_models import make_config
+from tiny_models import CONFIGS
+from tiny_models import make_config as make
 
+CONFIGS.update(
+    {
+        "qwen2_moe": {
+            "moe_intermediate_size": 40,
+            "shared_expert_intermediate_size": 48,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+        },
+        "glm4_moe": {
+            "moe_intermediate_size": 40,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "head_dim": 16,
+        },
+        "deepseek_v2": {**CONFIGS["deepseek_v3"], "topk_method": "greedy"},
+    }
+)
 EXPERT_TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
@@ -19,7 +40,7 @@ def eager(architecture: str, **changes: Any) -> Any:
     """A random model whose weights are exact in bfloat16, in float32."""
     torch.manual_seed(sum(architecture.encode()))
     model: Any = transformers.AutoModelForCausalLM.from_config(
-        make_config(architecture, **changes), experts_implementation="eager"
+        make(architecture, **changes), experts_implementation="eager"
     )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -52,12 +73,16 @@ def with_peft(model: Any, seed: int = 0, **changes: Any) -> Any:
     adapted = get_peft_model(model, lora_config(**changes))
     if hasattr(adapted.get_base_model(), "_kt_wrappers"):
         kt_adapt_peft_lora(adapted)
+    draw_adapters(adapted, seed)
+    return adapted
+
+
+def draw_adapters(model: Any, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in sorted(adapted.named_parameters()):
+        for name, parameter in sorted(model.named_parameters()):
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return adapted
 
 
 def pair(architecture: str, **settings: Any) -> tuple[Any, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -47,15 +48,15 @@ def test_unknown_name() -> None:
         ktk.sft.KTMissing  # noqa: B018
 
 
-def test_importing_ktk_loads_nothing_of_training() -> None:
+def test_importing_ktk_loads_nothing_of_training(tmp_path: Path) -> None:
     script = (
         "import sys, ktk; ktk.KTMoEWrapper; ktk.Experts\n"
         "assert not [name for name in sys.modules if name.startswith(('ktk.sft', 'peft', 'ktk.integrations'))]"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
 
 
-def test_importing_the_package_changes_no_setting() -> None:
+def test_importing_the_package_changes_no_setting(tmp_path: Path) -> None:
     script = (
         "import os, torch\n"
         "before = (torch.get_num_threads(), dict(os.environ))\n"
@@ -63,7 +64,7 @@ def test_importing_the_package_changes_no_setting() -> None:
         "assert before == (torch.get_num_threads(), dict(os.environ))\n"
         "import sys; assert 'peft' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
 
 
 def test_exceptions_are_the_projects() -> None:
