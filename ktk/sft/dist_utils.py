@@ -146,7 +146,13 @@ class Transport:
                         )
                 time.sleep(pause)
                 pause = min(pause * 1.5, 1e-3)
-            work.wait()
+            try:
+                work.wait()
+            except RuntimeError as error:
+                failure = self._board.read() or str(error)
+                raise KTAMXDistributedError(
+                    f"rank {self.rank} lost another rank at the experts: {failure}"
+                ) from error
 
     def all_gather(self, header: torch.Tensor) -> torch.Tensor:
         """Header ``[n]`` of every rank, int64 ``[world_size, n]`` on the CPU."""
@@ -163,31 +169,27 @@ class Transport:
 
     def to_rank_zero(self, payload: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
         """Send uint8 `payload` to rank 0; there, the payload of every rank, whose sizes are `sizes`."""
-        if self.rank == 0:
-            return [payload.to(self.device), *self._receive([(r, sizes[r]) for r in range(1, self.world_size)])]
-        self._send([(0, payload)])
-        return []
+        nothing = [0] * self.world_size
+        sent = [payload.numel(), *nothing[1:]]
+        received = self._exchange(payload, sent, list(sizes) if self.rank == 0 else nothing)
+        return list(received.split(list(sizes))) if self.rank == 0 else []
 
     def from_rank_zero(self, payloads: Sequence[torch.Tensor] | None, size: int) -> torch.Tensor:
         """On rank 0, send each rank its payload; returns this rank's, of `size` bytes."""
-        if self.rank == 0:
-            assert payloads is not None
-            self._send([(rank, payloads[rank]) for rank in range(1, self.world_size)])
-            return payloads[0]
-        return self._receive([(0, size)])[0]
+        nothing = [0] * self.world_size
+        if payloads is None:
+            data, sent = torch.empty(0, dtype=torch.uint8), nothing
+        else:
+            data, sent = torch.cat(list(payloads)), [payload.numel() for payload in payloads]
+        return self._exchange(data, sent, [size, *nothing[1:]])
 
-    def _send(self, messages: Sequence[tuple[int, torch.Tensor]]) -> None:
-        staged = [(rank, data.to(self.device).contiguous()) for rank, data in messages if data.numel()]
-        self._exchange([dist.P2POp(dist.isend, data, rank, self._group) for rank, data in staged])
-
-    def _receive(self, expected: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
-        parts = [(rank, torch.empty(size, dtype=torch.uint8, device=self.device)) for rank, size in expected]
-        self._exchange([dist.P2POp(dist.irecv, part, rank, self._group) for rank, part in parts if part.numel()])
-        return [part for _, part in parts]
-
-    def _exchange(self, operations: list[Any]) -> None:
-        if operations:
-            self._wait(dist.batch_isend_irecv(operations))
+    def _exchange(self, data: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+        # One collective with sizes for each rank, and not sends and receives: under gloo only collectives can
+        # be watched while they wait.
+        mine = data.to(self.device).contiguous()
+        result = torch.empty(sum(received), dtype=torch.uint8, device=self.device)
+        self._wait([dist.all_to_all_single(result, mine, received, sent, group=self._group, async_op=True)])
+        return result
 
 
 @dataclass

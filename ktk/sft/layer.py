@@ -90,8 +90,8 @@ class ExpertsCore:
         output = run_experts(
             self.runner,
             flat,
-            ids.reshape(len(flat), -1),
-            weights.reshape(len(flat), -1),
+            ids.reshape(-1, ids.shape[-1]),
+            weights.reshape(-1, weights.shape[-1]),
             lora=lora,
             base=self.base,
             policy=self.policy,

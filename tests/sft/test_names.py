@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,14 @@ import ktk.sft
 from ktk.errors import KtkArgumentError, KtkError, KtkUnsupportedError
 
 pytestmark = pytest.mark.any_binding
+
+
+def run_alone(script: str, folder: Path) -> None:
+    """In a process of its own, with the ktk of this one."""
+    path = os.pathsep.join([str(Path(ktk.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=folder, env=environment)
+
 
 INCUMBENT = """
 KTConfig BaseSFTMoEWrapper KExpertsSFTBuffer AMXSFTMoEWrapper
@@ -53,7 +62,7 @@ def test_importing_ktk_loads_nothing_of_training(tmp_path: Path) -> None:
         "import sys, ktk; ktk.KTMoEWrapper; ktk.Experts\n"
         "assert not [name for name in sys.modules if name.startswith(('ktk.sft', 'peft', 'ktk.integrations'))]"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+    run_alone(script, tmp_path)
 
 
 def test_importing_the_package_changes_no_setting(tmp_path: Path) -> None:
@@ -64,7 +73,7 @@ def test_importing_the_package_changes_no_setting(tmp_path: Path) -> None:
         "assert before == (torch.get_num_threads(), dict(os.environ))\n"
         "import sys; assert 'peft' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+    run_alone(script, tmp_path)
 
 
 def test_exceptions_are_the_projects() -> None:
