@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from ktk.cli import demo, run, trace
+from ktk.cli import demo, run, sft, trace
 from ktk.errors import KtkError
 
 __all__ = ["app", "main"]
@@ -25,6 +25,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("demo")(demo.demo)
 app.command("trace")(trace.trace)
+app.command("sft")(sft.sft)
 
 
 @app.command()

@@ -80,6 +80,11 @@ class AMXSFTMoEWrapper(BaseSFTMoEWrapper):
         return self._method.skip_lora
 
     @property
+    def trains_lora(self) -> bool:
+        """Whether adapters take part in forward and backward."""
+        return not self.skip_lora
+
+    @property
     def native(self) -> TrainableExperts:
         """The native backend with adapters, made when it is first needed."""
         if self._native is None:
@@ -161,7 +166,10 @@ class AMXSFTMoEWrapper(BaseSFTMoEWrapper):
         """
         if self.lora_rank == 0:
             raise KtkArgumentError(f"layer {self.layer_idx} was made without adapters (lora_rank 0)")
-        state = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors.values())
+        # Tensors of inference mode cannot change in place, and have no counter of changes.
+        state = tuple(
+            (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in tensors.values()
+        )
         self._lora = dict(tensors)
         # Reading every value to look for NaN is worth it once after a change, not in each forward.
         if state != self._lora_state:

@@ -199,9 +199,16 @@ def move_non_experts_to_gpu(
     model: nn.Module, moe_config: MOEArchConfig | None = None, device: str | torch.device = "cuda:0"
 ) -> None:
     """Move every parameter and buffer outside of experts to `device`."""
+    moved: dict[int, torch.Tensor] = {}
     for name, module in model.named_modules():
         inside = _is_expert_parameter(f"{name}.x")
         for store in (module._parameters, module._buffers):
             for key, tensor in store.items():
-                if tensor is not None and not inside and not _is_expert_parameter(f"{name}.{key}"):
-                    tensor.data = tensor.data.to(device)
+                if tensor is None or inside or _is_expert_parameter(f"{name}.{key}"):
+                    continue
+                # Tensors that are shared, as embedding and head may be, stay shared.
+                if id(tensor) not in moved:
+                    value = tensor.detach().to(device)
+                    parameter = isinstance(tensor, nn.Parameter)
+                    moved[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if parameter else value
+                store[key] = moved[id(tensor)]  # type: ignore[assignment]

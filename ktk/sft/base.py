@@ -221,6 +221,11 @@ class BaseSFTMoEWrapper(abc.ABC):
     def close(self) -> None:
         """Free the weights and every saved forward."""
 
+    @property
+    def trains_lora(self) -> bool:
+        """Whether adapters take part in forward and backward."""
+        return True
+
     # ---- functional form -------------------------------------------------------------------------------
 
     def run(
@@ -313,7 +318,8 @@ class BaseSFTMoEWrapper(abc.ABC):
             self.set_lora(lora)
         grad_lora = {}
         if want_lora and lora is not None:
-            grad_lora = {name: torch.empty_like(tensor) for name, tensor in lora.items()}
+            make = torch.empty_like if self.trains_lora else torch.zeros_like
+            grad_lora = {name: make(tensor) for name, tensor in lora.items()}
         grad_base: dict[str, torch.Tensor] = {}
         if base_dtype is not None:
             e, i, h = self.num_experts, self.moe_intermediate_size, self.hidden_size
@@ -322,7 +328,7 @@ class BaseSFTMoEWrapper(abc.ABC):
         gradient = grad_output.detach().to(device="cpu", dtype=_compute_dtype(saved.dtype)).contiguous()
         try:
             grad_hidden, grad_weights = self._make_backward_task(
-                context, gradient, grad_lora or None, grad_base or None, False
+                context, gradient, (self.trains_lora and grad_lora) or None, grad_base or None, False
             )()
         finally:
             context.close()

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from ktk.errors import KtkArgumentError
 from ktk.sft.base import BaseSFTMoEWrapper, Gradients, check_gradient
 from ktk.sft.errors import KTAMXDistributedError
 
@@ -276,7 +277,13 @@ class RankZeroRunner:
 
         def check() -> None:
             if hidden_states.dim() != 2 or hidden_states.shape[1] != self.hidden_size:
-                raise ValueError(f"hidden_states must be [tokens, {self.hidden_size}]")
+                raise KtkArgumentError(
+                    f"hidden_states must be [tokens, {self.hidden_size}], got {list(hidden_states.shape)}"
+                )
+            if hidden_states.dtype not in _DTYPES:
+                raise KtkArgumentError(
+                    f"hidden_states must be bfloat16, float16 or float32, got {hidden_states.dtype}"
+                )
             if self.wrapper is not None:
                 self.wrapper.check_inputs(hidden_states, expert_ids, expert_weights)
 
