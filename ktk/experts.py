@@ -15,7 +15,7 @@ import torch
 from ktk import _native
 from ktk.buffers import BufferSet, KExpertsCPUBuffer, on_stream, stream_address, to_device, to_host
 from ktk.config import MAX_INT32, LayerConfig, checked_int, format_of_method
-from ktk.errors import KtkArgumentError, KtkStateError, KtkUnsupportedError
+from ktk.errors import KtkArgumentError, KtkStateError
 from ktk.layer import Experts, checked_mask
 from ktk.runtime import CPUInfer
 from ktk.weights.packed import find_packed, packed_path
@@ -548,8 +548,8 @@ class KTMoEWrapper:
     num_gpu_experts : int, default 0
         The first experts, as many as this, run on the GPU. Not together with a mask that has another number.
     lora_rank, lora_alpha, lora_dropout, max_cache_depth, zero_point, full_weight_grad
-        For mode ``"sft"``, see `ktk.sft.BaseSFTMoEWrapper`; `zero_point` is another name of `asymmetric`. Without
-        effect otherwise.
+        For mode ``"sft"``, see `ktk.sft.BaseSFTMoEWrapper`; `zero_point` is another name of `asymmetric`.
+        Without effect otherwise.
     swiglu_limit, swiglu_alpha : float, default 0.0
         Activation, see `ktk.config.LayerConfig`.
     group_size : int, optional

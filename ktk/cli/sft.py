@@ -17,7 +17,9 @@ __all__ = ["sft"]
 
 
 def sft(
-    config_file: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Model, text, output and settings.")],
+    config_file: Annotated[
+        Path, typer.Argument(metavar="CONFIG.yaml", help="Model, text, output and settings.")
+    ],
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the file and say how much memory the run takes.")
     ] = False,

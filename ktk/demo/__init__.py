@@ -30,5 +30,6 @@ def held_out_text() -> bytes:
 
 
 def fine_tuning_text() -> Path:
-    """Return a file with the beginning of "Alice's Adventures in Wonderland" (Lewis Carroll, 1865), for `ktk sft`."""
+    """Return a file with the beginning of "Alice's Adventures in Wonderland" (Lewis Carroll, 1865), for
+    `ktk sft`."""
     return Path(__file__).parent / "fine_tuning.txt"

@@ -33,7 +33,13 @@ class KTLoraLayer(nn.Module, BaseTunerLayer):
     other_param_names = ()
 
     def __init__(
-        self, base_layer: KTExperts, adapter_name: str, rank: int, alpha: float, dropout: float, dtype: torch.dtype
+        self,
+        base_layer: KTExperts,
+        adapter_name: str,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -95,13 +101,17 @@ def _per_expert(layer: KTMoELayerWrapper, experts: KTExpertList) -> PerExpertLoR
     if not all(flags):
         lacking = [part for part, found in adapted.items() if not all(found)]
         raise KTAMXConfigError(
-            f"PEFT adapts only some of the experts of layer {layer.layer_idx}; ktk needs gate, up and down of all "
+            f"PEFT adapts only some of the experts of layer {layer.layer_idx}; ktk needs gate, up and down "
+            f"of all "
             f"(lacking: {', '.join(lacking)})"
         )
     for found in projections.values():
         for one in found:
             if getattr(one, "lora_variant", None) or any(
-                isinstance(value, nn.Module) and value is not None for value in [getattr(one, "lora_bias_", None)]
+                isinstance(value, nn.Module) and value is not None
+                for value in [getattr(one, "lora_bias_", None)]
             ):
-                raise KTAMXConfigError("adapters of experts must be plain LoRA, without DoRA or other variants")
+                raise KTAMXConfigError(
+                    "adapters of experts must be plain LoRA, without DoRA or other variants"
+                )
     return PerExpertLoRA(projections)

@@ -1,7 +1,7 @@
 """transformers' `Trainer` and what is built on it: checkpoints that hold all of the experts' adapters.
 
-PEFT saves and restores its own adapters and ktk's. What is left are extra experts, and the incumbent's file of
-fused adapters; a callback writes and reads them.
+PEFT saves and restores its own adapters and ktk's. What is left are extra experts, and the incumbent's file
+of fused adapters; a callback writes and reads them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ktk.sft.dist_utils import world
 __all__ = ["KTTrainerCallback"]
 
 
-class KTTrainerCallback(TrainerCallback):  # type: ignore[misc]
+class KTTrainerCallback(TrainerCallback):
     """Writes adapters of experts into each checkpoint of a `Trainer`, and restores them when it resumes.
 
     Parameters
@@ -36,7 +36,7 @@ class KTTrainerCallback(TrainerCallback):  # type: ignore[misc]
         """Restore."""
         folder = self._resume
         if folder is True:
-            folder = get_last_checkpoint(args.output_dir)
+            folder = get_last_checkpoint(args.output_dir)  # type: ignore[no-untyped-call]
         if folder:
             load_kt_adapter_artifacts(kwargs["model"], folder)
 
@@ -45,5 +45,5 @@ class KTTrainerCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Write."""
         if world()[0] == 0:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
             save_kt_adapter_artifacts(kwargs["model"], folder)

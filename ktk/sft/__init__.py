@@ -1,8 +1,8 @@
 """Fine-tuning of mixture-of-experts models whose experts live in CPU memory.
 
-`load_kt_model`, or `wrap_moe_layers_with_kt_wrapper` for a model that is loaded already, puts ktk in the place of a
-model's experts; `kt_adapt_peft_lora` connects or adds adapters; then any PyTorch training loop trains them.
-Importing `ktk` does not import this package.
+`load_kt_model`, or `wrap_moe_layers_with_kt_wrapper` for a model that is loaded already, puts ktk in the
+place of a model's experts; `kt_adapt_peft_lora` connects or adds adapters; then any PyTorch training loop
+trains them. Importing `ktk` does not import this package.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Adapters of experts on disk.
 
-Read: the incumbent's ``fused_expert_lora.safetensors``; and, from PEFT's ``adapter_model.safetensors``, adapters
-on each expert, on fused experts, and of ktk's own. Written: ``fused_expert_lora.safetensors``, or one adapter an
-expert as PEFT names them.
+Read: the incumbent's ``fused_expert_lora.safetensors``; and, from PEFT's ``adapter_model.safetensors``,
+adapters on each expert, on fused experts, and of ktk's own. Written: ``fused_expert_lora.safetensors``, or
+one adapter an expert as PEFT names them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ __all__ = [
 FUSED_FILE = "fused_expert_lora.safetensors"
 PEFT_FILE = "adapter_model.safetensors"
 
-_FUSED_KEY = re.compile(r"^(?:.*?\.)?layers\.(\d+)\.(?:\w+\.)?experts\.((?:gate|up|down)_lora_[ab])(?:\.weight)?$")
+_FUSED_KEY = re.compile(
+    r"^(?:.*?\.)?layers\.(\d+)\.(?:\w+\.)?experts\.((?:gate|up|down)_lora_[ab])(?:\.weight)?$"
+)
 _EXPERT_KEY = re.compile(
     r"layers\.(\d+)\.\w+\.experts\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.lora_([AB])\.weight$"
 )
@@ -61,8 +63,8 @@ def save_kt_moe_to_adapter(
         Folder; made if missing.
     form : {"fused", "per_expert"}, default "fused"
         ``"fused"``: ``fused_expert_lora.safetensors``, keys ``layers.{L}.experts.{gate,up,down}_lora_{a,b}``.
-        ``"per_expert"``: added to ``adapter_model.safetensors`` with the names that PEFT gives to adapters on the
-        linear layers of each expert.
+        ``"per_expert"``: added to ``adapter_model.safetensors`` with the names that PEFT gives to adapters
+        on the linear layers of each expert.
 
     Returns
     -------
@@ -90,9 +92,9 @@ def save_kt_moe_to_adapter(
             part, _, side = key.split("_")
             block = name.removeprefix("base_model.model.")
             for expert, one in enumerate(value):
-                found[
-                    f"base_model.model.{block}.experts.{expert}.{part}_proj.lora_{side.upper()}.weight"
-                ] = one
+                found[f"base_model.model.{block}.experts.{expert}.{part}_proj.lora_{side.upper()}.weight"] = (
+                    one
+                )
     if not found:
         raise KTAMXConfigError("no layer has adapters to save; call kt_adapt_peft_lora(model) first")
     if form == "fused":
@@ -113,7 +115,9 @@ def _merge(path: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
     return path
 
 
-def read_expert_adapters(path: str | os.PathLike[str]) -> tuple[dict[int, dict[str, torch.Tensor]], float | None]:
+def read_expert_adapters(
+    path: str | os.PathLike[str],
+) -> tuple[dict[int, dict[str, torch.Tensor]], float | None]:
     """Read the adapters of experts in a folder, whichever way they are stored.
 
     Returns
@@ -170,7 +174,8 @@ def _per_expert(tensors: Mapping[str, torch.Tensor], folder: Path) -> dict[int, 
         for name, experts in names.items():
             if sorted(experts) != list(range(len(experts))):
                 raise KTAMXConfigError(
-                    f"{folder}: layer {layer} has {name} of experts {sorted(experts)} only; ktk needs all of them"
+                    f"{folder}: layer {layer} has {name} of experts {sorted(experts)} only; ktk needs all "
+                    f"of them"
                 )
             found.setdefault(layer, {})[name] = torch.stack([experts[index] for index in range(len(experts))])
     return found
@@ -195,7 +200,9 @@ def _on_parameters(
                 f"layer {layer} has adapters on one of gate_up_proj and down_proj only; load them with PEFT"
             )
         # The names say which is inside the other, not which is which; sizes do: H to 2I, and I to H.
-        (a, b), (down_a, down_b) = factors if factors[0][1].shape[1] == 2 * factors[1][0].shape[2] else factors[::-1]
+        (a, b), (down_a, down_b) = (
+            factors if factors[0][1].shape[1] == 2 * factors[1][0].shape[2] else factors[::-1]
+        )
         gate, up = split_rows(b, True)
         found[layer] = {
             "gate_lora_a": a,
@@ -215,9 +222,7 @@ def _factors(pair: Mapping[str, torch.Tensor], rank: int) -> tuple[torch.Tensor,
     return a, pair["B"].reshape(pair["B"].shape[0], rank, experts).permute(2, 0, 1)
 
 
-def _complete(
-    layers: dict[int, dict[str, torch.Tensor]], path: Path
-) -> dict[int, dict[str, torch.Tensor]]:
+def _complete(layers: dict[int, dict[str, torch.Tensor]], path: Path) -> dict[int, dict[str, torch.Tensor]]:
     for layer, tensors in layers.items():
         missing = [name for name in LORA_NAMES if name not in tensors]
         if missing:
@@ -255,7 +260,8 @@ def load_kt_moe_from_adapter(model: nn.Module, path: str | os.PathLike[str]) -> 
         return 0
     if set(found) != set(layers):
         raise KTAMXConfigError(
-            f"{os.fspath(path)} has adapters for the experts of layers {sorted(found)}, and the model has experts in "
+            f"{os.fspath(path)} has adapters for the experts of layers {sorted(found)}, and the model has "
+            f"experts in "
             f"layers {sorted(layers)}: they are of another model"
         )
     for index, tensors in found.items():
@@ -278,7 +284,8 @@ def _check_fits(layer: KTMoELayerWrapper, tensors: Mapping[str, torch.Tensor], p
     have = layer.core.lora
     if have is not None and have.rank != rank:
         raise KTAMXConfigError(
-            f"{path} has adapters of rank {rank}, and those of layer {layer.layer_idx} have rank {have.rank}; set "
+            f"{path} has adapters of rank {rank}, and those of layer {layer.layer_idx} have rank "
+            f"{have.rank}; set "
             f"kt_lora_rank to {rank}"
         )
     shapes = lora_shapes(sizes.num_experts, sizes.hidden_size, sizes.intermediate_size, rank)
@@ -315,7 +322,8 @@ def load_lora_experts_from_adapter(model: nn.Module, path: str | os.PathLike[str
     Raises
     ------
     KTAMXConfigError
-        If the file has extra experts of other layers or sizes than the model, or has none for a model with some.
+        If the file has extra experts of other layers or sizes than the model, or has none for a model with
+        some.
     """
     file = Path(path) / PEFT_FILE
     found: dict[int, dict[str, torch.Tensor]] = {}
@@ -330,7 +338,8 @@ def load_lora_experts_from_adapter(model: nn.Module, path: str | os.PathLike[str
     }
     if set(found) != set(layers):
         raise KTAMXConfigError(
-            f"{file} has extra experts for layers {sorted(found)}, and the model has some in {sorted(layers)}; set "
+            f"{file} has extra experts for layers {sorted(found)}, and the model has some in "
+            f"{sorted(layers)}; set "
             "kt_use_lora_experts as it was in training"
         )
     for index, tensors in found.items():
@@ -339,7 +348,9 @@ def load_lora_experts_from_adapter(model: nn.Module, path: str | os.PathLike[str
         have = {key: tuple(parameter.shape) for key, parameter in module.named_parameters()}
         got = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         if have != got:
-            raise KTAMXConfigError(f"{file}: the extra experts of layer {index} have the shapes {got}, not {have}")
+            raise KTAMXConfigError(
+                f"{file}: the extra experts of layer {index} have the shapes {got}, not {have}"
+            )
     for index, tensors in found.items():
         module = layers[index]
         assert module is not None

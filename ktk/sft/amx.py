@@ -161,14 +161,15 @@ class AMXSFTMoEWrapper(BaseSFTMoEWrapper):
         Raises
         ------
         KtkArgumentError
-            If there are no adapters in this layer, or a tensor has the wrong shape, dtype or layout, or is not
-            finite.
+            If there are no adapters in this layer, or a tensor has the wrong shape, dtype or layout, or is
+            not finite.
         """
         if self.lora_rank == 0:
             raise KtkArgumentError(f"layer {self.layer_idx} was made without adapters (lora_rank 0)")
         # Tensors of inference mode cannot change in place, and have no counter of changes.
         state = tuple(
-            (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in tensors.values()
+            (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)
+            for tensor in tensors.values()
         )
         self._lora = dict(tensors)
         # Reading every value to look for NaN is worth it once after a change, not in each forward.
@@ -260,7 +261,8 @@ def make_sft_wrapper(
         )
     if kind.format not in FORMATS:
         raise KTAMXNotAvailableError(
-            f"method {method} needs the weight format {kind.format}, which this build of ktk does not have; it has "
+            f"method {method} needs the weight format {kind.format}, which this build of ktk does not "
+            f"have; it has "
             f"{', '.join(FORMATS)}"
         )
     config = LayerConfig(

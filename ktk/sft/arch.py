@@ -92,8 +92,8 @@ def get_moe_arch_config(config: Any) -> MOEArchConfig:
     Returns
     -------
     MOEArchConfig
-        Of a known architecture (Qwen2-MoE, Qwen3-MoE, Qwen-VL-MoE, DeepSeek-V2 and V3, GLM-4-MoE, Mixtral), or
-        made from the sizes that the configuration names.
+        Of a known architecture (Qwen2-MoE, Qwen3-MoE, Qwen-VL-MoE, DeepSeek-V2 and V3, GLM-4-MoE, Mixtral),
+        or made from the sizes that the configuration names.
 
     Raises
     ------
@@ -102,7 +102,7 @@ def get_moe_arch_config(config: Any) -> MOEArchConfig:
     """
     text = getattr(config, "text_config", None) or config
     names = " ".join(getattr(config, "architectures", None) or [type(config).__name__])
-    sizes = {
+    sizes: dict[str, Any] = {
         "expert_num": _first(text, _EXPERTS),
         "num_experts_per_tok": _first(text, _TOP_K),
         "intermediate_size": _first(text, _INNER),
@@ -111,7 +111,8 @@ def get_moe_arch_config(config: Any) -> MOEArchConfig:
     missing = [name for name, value in sizes.items() if value is None]
     if missing:
         raise KTAMXModelNotSupportedError(
-            f"{names} is no mixture of experts that ktk can train: its configuration has no {', '.join(missing)}"
+            f"{names} is no mixture of experts that ktk can train: its configuration has no "
+            f"{', '.join(missing)}"
         )
     shared = _first(text, ("n_shared_experts", "shared_expert_intermediate_size", "num_shared_experts"))
     known = next((fields for keys, fields in _KNOWN if any(key in names for key in keys)), {})
@@ -211,4 +212,4 @@ def move_non_experts_to_gpu(
                     value = tensor.detach().to(device)
                     parameter = isinstance(tensor, nn.Parameter)
                     moved[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if parameter else value
-                store[key] = moved[id(tensor)]  # type: ignore[assignment]
+                store[key] = moved[id(tensor)]

@@ -83,8 +83,10 @@ def _redeem(token: torch.Tensor) -> Any:
     saved = _saved_of_token.pop(int(token.item()), None)
     if saved is None:
         raise KtkStateError(
-            "the saved activations of this forward were used already or freed; a forward of ktk's experts has "
-            "one backward. Leave retain_graph out, and keep hooks that copy saved tensors away from these layers"
+            "the saved activations of this forward were used already or freed; a forward of ktk's experts "
+            "has "
+            "one backward. Leave retain_graph out, and keep hooks that copy saved tensors away from these "
+            "layers"
         )
     return saved
 
@@ -92,13 +94,13 @@ def _redeem(token: torch.Tensor) -> Any:
 class KTMoEFunction(torch.autograd.Function):
     """Experts of one layer, with gradients for hidden states, routing weights, adapters and weights.
 
-    ``apply(hidden_states, expert_ids, expert_weights, runner, policy, dropout_seed, num_lora, base, *tensors)``:
-    hidden states ``[T, H]``, ids and weights ``[T, k]``; `tensors` are the six adapter tensors, if `num_lora` is
-    6, and then the parameters of `base`. Returns ``[T, H]``. Use `run_experts`.
+    ``apply(hidden_states, expert_ids, expert_weights, runner, policy, dropout_seed, num_lora, base,
+    *tensors)``: hidden states ``[T, H]``, ids and weights ``[T, k]``; `tensors` are the six adapter
+    tensors, if `num_lora` is 6, and then the parameters of `base`. Returns ``[T, H]``. Use `run_experts`.
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden_states: torch.Tensor,
         expert_ids: torch.Tensor,
@@ -129,7 +131,7 @@ class KTMoEFunction(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
         """Run backward."""
         token, *others = ctx.saved_tensors
@@ -159,7 +161,7 @@ class KTMoEFunction(torch.autograd.Function):
         )
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def run_experts(
     runner: Runner,
     hidden_states: torch.Tensor,
@@ -200,7 +202,7 @@ def run_experts(
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
         output, _ = runner.run(hidden_states, expert_ids, expert_weights, lora=lora, dropout_seed=seed)
         return output
-    result: torch.Tensor = KTMoEFunction.apply(
+    result: torch.Tensor = KTMoEFunction.apply(  # type: ignore[no-untyped-call]
         hidden_states,
         expert_ids,
         expert_weights,

@@ -72,7 +72,8 @@ class SavedForward:
         context, self.context = self.context, None
         if context is None:
             raise KtkStateError(
-                "the saved activations of this forward were used already or freed; a forward of ktk's experts "
+                "the saved activations of this forward were used already or freed; a forward of ktk's "
+                "experts "
                 "has one backward. Run the forward again, or leave retain_graph out"
             )
         return context
@@ -378,7 +379,8 @@ class BaseSFTMoEWrapper(abc.ABC):
         if tokens > self.chunked_prefill_size:
             raise KtkArgumentError(
                 f"layer {self.layer_idx} got {tokens} tokens, and its limit is {self.chunked_prefill_size} "
-                "(kt_model_max_length, or chunked_prefill_size of the wrapper); raise it, or make the batch smaller"
+                "(kt_model_max_length, or chunked_prefill_size of the wrapper); raise it, or make the "
+                "batch smaller"
             )
 
     def _to_cpu(
@@ -429,9 +431,7 @@ class BaseSFTMoEWrapper(abc.ABC):
                 "max_cache_depth allows; call backward or discard_saved, or raise max_cache_depth"
             )
         policy: Policy = "save" if save_for_backward else "none"
-        output, saved = self.run(
-            hidden_states, expert_ids, weights, policy=policy, lora=self._lora or None
-        )
+        output, saved = self.run(hidden_states, expert_ids, weights, policy=policy, lora=self._lora or None)
         if saved is not None:
             self._saved.append(saved)
         return output
@@ -442,8 +442,8 @@ class BaseSFTMoEWrapper(abc.ABC):
         """Run the latest saved forward backward.
 
         Gradients of the adapters and weights go to the tensors of `init_lora_weights` and
-        `init_full_weight_grad_buffers`: they are written, or added to what is there if `.grad` of the parameters
-        already is these tensors.
+        `init_full_weight_grad_buffers`: they are written, or added to what is there if `.grad` of the
+        parameters already is these tensors.
 
         Parameters
         ----------
@@ -497,7 +497,8 @@ class BaseSFTMoEWrapper(abc.ABC):
         states = {None if grad is None else grad is target for grad, target in grads}
         if states - {None, True} or len(states) > 1:
             raise KtkStateError(
-                f"some adapter parameters of layer {self.layer_idx} have a .grad that is not the tensor given to "
+                f"some adapter parameters of layer {self.layer_idx} have a .grad that is not the tensor "
+                f"given to "
                 "init_lora_weights; set all of them to None before backward"
             )
         return states == {True}
@@ -533,7 +534,8 @@ class BaseSFTMoEWrapper(abc.ABC):
         """
         if len(tensors) not in (6, 12):
             raise KtkArgumentError(
-                f"init_lora_weights takes six adapter tensors ({', '.join(LORA_NAMES)}) and, after them, as many "
+                f"init_lora_weights takes six adapter tensors ({', '.join(LORA_NAMES)}) and, after them, "
+                f"as many "
                 f"for gradients; got {len(tensors)}"
             )
         weights = dict(zip(LORA_NAMES, tensors[:6], strict=True))
@@ -602,8 +604,8 @@ class BaseSFTMoEWrapper(abc.ABC):
         cuda_stream: Any = None,
     ) -> None:
         """Submit a forward with adapters that keeps nothing for a backward. The inputs are copied."""
-        inputs = tuple(tensor.detach().clone() for tensor in (hidden_states, expert_ids, weights))
-        self.submit_forward(*inputs, save_for_backward=False)
+        x, ids, w = (tensor.detach().clone() for tensor in (hidden_states, expert_ids, weights))
+        self.submit_forward(x, ids, w, save_for_backward=False)
 
     def sync_forward_inference(self, cuda_stream: Any = None) -> torch.Tensor:
         """Wait for `submit_forward_inference`; its result."""
@@ -611,9 +613,11 @@ class BaseSFTMoEWrapper(abc.ABC):
 
     def submit_backward_repack(self) -> None:
         """Do nothing: one copy of the weights serves both directions."""
+        return
 
     def wait_backward_repack(self) -> None:
         """Do nothing, see `submit_backward_repack`."""
+        return
 
 
 def check_gradient(gradient: torch.Tensor, tokens: int, hidden: int, layer_idx: int) -> None:
@@ -625,7 +629,8 @@ def check_gradient(gradient: torch.Tensor, tokens: int, hidden: int, layer_idx: 
         )
     if torch.isnan(gradient).any():
         raise KtkArgumentError(
-            f"the gradient that reaches the experts of layer {layer_idx} holds NaN: the loss, or a layer after "
+            f"the gradient that reaches the experts of layer {layer_idx} holds NaN: the loss, or a layer "
+            f"after "
             "this one, overflowed. Lower the learning rate, or clip gradients"
         )
 

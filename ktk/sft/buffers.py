@@ -38,9 +38,9 @@ class SFTBufferSet:
 
     def rows(self, tokens: int) -> SFTBufferSet:
         """The first `tokens` rows."""
-        names = ("input", "output", "grad_output", "grad_input", "expert_ids", "weights", "grad_weights")
         self.bsz.fill_(tokens)
-        return SFTBufferSet(*(getattr(self, name)[:tokens] for name in names), bsz=self.bsz)
+        parts = {name: tensor[:tokens] for name, tensor in vars(self).items() if name != "bsz"}
+        return SFTBufferSet(**parts, bsz=self.bsz)
 
 
 class KExpertsSFTBuffer:
@@ -89,7 +89,10 @@ class KExpertsSFTBuffer:
             return torch.empty(tokens, columns, dtype=of, pin_memory=pinned)
 
         return SFTBufferSet(
-            *(empty(hidden, dtype) for _ in range(4)),
+            input=empty(hidden, dtype),
+            output=empty(hidden, dtype),
+            grad_output=empty(hidden, dtype),
+            grad_input=empty(hidden, dtype),
             expert_ids=empty(top_k, torch.int64),
             weights=empty(top_k, torch.float32),
             grad_weights=empty(top_k, torch.float32),

@@ -139,7 +139,9 @@ def save_training_state(
 def _checkpoints(root: Path) -> list[int]:
     if not root.is_dir():
         return []
-    return [int(m[1]) for entry in root.iterdir() if (m := _NAME.match(entry.name)) and (entry / _STATE).is_file()]
+    return [
+        int(m[1]) for entry in root.iterdir() if (m := _NAME.match(entry.name)) and (entry / _STATE).is_file()
+    ]
 
 
 def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:

@@ -88,8 +88,8 @@ class KTActivationPolicy:
     Parameters
     ----------
     cpu : {"retain", "recompute"}, default "retain"
-        ``"retain"`` keeps gate and up of every routed row and the layer's input, 2TH + 4TkI bytes for T tokens
-        with k experts each. ``"recompute"`` keeps routing tables and computes the rest again.
+        ``"retain"`` keeps gate and up of every routed row and the layer's input, 2TH + 4TkI bytes for T
+        tokens with k experts each. ``"recompute"`` keeps routing tables and computes the rest again.
     gpu : {"retain", "recompute"}, default "retain"
         What the rest of the model does; ktk takes note of it and does nothing about it. Use the model's own
         gradient checkpointing.
@@ -138,8 +138,8 @@ def _setting(default: Any, kind: str, **limits: Any) -> Any:
 class KTConfig:
     """Settings of fine-tuning.
 
-    Keywords are the names of the fields, with or without ``kt_``. A field that is not given takes the value of
-    its environment variable, then the default.
+    Keywords are the names of the fields, with or without ``kt_``. A field that is not given takes the value
+    of its environment variable, then the default.
 
     Parameters
     ----------
@@ -166,7 +166,8 @@ class KTConfig:
     kt_skip_expert_loading : bool, default True
         Load the model without its experts, which ktk reads by itself.
     kt_share_backward_bb, kt_share_cache_pool : bool
-        Without effect: there is one copy of the weights, and saved activations are as large as what was routed.
+        Without effect: there is one copy of the weights, and saved activations are as large as what was
+        routed.
     kt_force_fused_expert_lora : bool, default False
         Use adapters of ktk's own even where PEFT has put some on each expert.
     kt_max_cache_depth : int, default 2
@@ -217,7 +218,7 @@ class KTConfig:
     kt_force_fused_expert_lora: bool = _setting(False, "bool")
     kt_max_cache_depth: int = _setting(2, "int", low=1)
     kt_model_max_length: int = _setting(8192, "int", low=1)
-    kt_activation_policy: Any = _setting(None, "any")
+    kt_activation_policy: Any = _setting(None, "any")  # noqa: RUF009
     kt_lora_rank: int | None = _setting(None, "int", low=1, high=256)
     kt_lora_alpha: float | None = _setting(None, "float")
     kt_lora_dropout: float = _setting(0.0, "float", low=0.0, high=1.0)
@@ -226,10 +227,10 @@ class KTConfig:
     kt_use_lora_experts: bool = _setting(False, "bool")
     kt_lora_expert_num: int = _setting(2, "int", low=1)
     kt_lora_expert_intermediate_size: int = _setting(1024, "int", low=1)
-    kt_checkpoint_files: list[str] | None = _setting(None, "any")
-    kt_sharded_metadata: dict[str, Any] | None = _setting(None, "any")
-    kt_wrap_fn: Any = _setting(None, "any")
-    kt_wrap_kwargs: dict[str, Any] | None = _setting(None, "any")
+    kt_checkpoint_files: list[str] | None = _setting(None, "any")  # noqa: RUF009
+    kt_sharded_metadata: dict[str, Any] | None = _setting(None, "any")  # noqa: RUF009
+    kt_wrap_fn: Any = _setting(None, "any")  # noqa: RUF009
+    kt_wrap_kwargs: dict[str, Any] | None = _setting(None, "any")  # noqa: RUF009
 
     def __init__(self, **settings: Any) -> None:
         given = _canonical(settings)
@@ -244,7 +245,8 @@ class KTConfig:
         if self.kt_full_weight_grad and (self.kt_expert_weight_format or method.format) != "bf16":
             raise KTAMXConfigError(
                 f"kt_train_mode {self.kt_train_mode} trains the weights themselves, which must be bf16; got "
-                f"{self.kt_expert_weight_format or method.format}. Use kt_train_mode lora, or kt_backend AMXBF16"
+                f"{self.kt_expert_weight_format or method.format}. Use kt_train_mode lora, or kt_backend "
+                f"AMXBF16"
             )
         if self.kt_lora_dropout == 1.0:
             raise KTAMXConfigError("kt_lora_dropout must be less than 1, got 1.0")

@@ -1,12 +1,12 @@
 """Experts on rank 0 only, for all ranks.
 
-Every rank runs the whole model on its own tokens except for the experts: their inputs go to rank 0, which runs
-all tokens at once, and the results come back. Adapters are parameters on every rank. Rank 0 computes their
-gradients for the tokens of all ranks and the others return zeros, so that the mean over ranks, which DDP and FSDP
-take, is the gradient of the mean of the ranks' losses.
+Every rank runs the whole model on its own tokens except for the experts: their inputs go to rank 0, which
+runs all tokens at once, and the results come back. Adapters are parameters on every rank. Rank 0 computes
+their gradients for the tokens of all ranks and the others return zeros, so that the mean over ranks, which
+DDP and FSDP take, is the gradient of the mean of the ranks' losses.
 
-An exchange is three messages: a header from every rank to every rank, one packed message to rank 0, one packed
-message back. Whatever fails on one rank is told to all of them in the header or in the answer.
+An exchange is three messages: a header from every rank to every rank, one packed message to rank 0, one
+packed message back. Whatever fails on one rank is told to all of them in the header or in the answer.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from ktk.errors import KtkArgumentError
 from ktk.sft.base import BaseSFTMoEWrapper, Gradients, check_gradient
@@ -72,11 +73,11 @@ class FailureBoard:
         rank, port = dist.get_rank(), [0]
         self._store: Any = None
         if rank == 0:
-            self._store = dist.TCPStore(host, 0, None, True, wait_for_workers=False)
+            self._store = TCPStore(host, 0, None, True, wait_for_workers=False)
             port[0] = self._store.port
         dist.broadcast_object_list(port, src=0)
         if rank != 0:
-            self._store = dist.TCPStore(host, port[0], None, False)
+            self._store = TCPStore(host, port[0], None, False)
 
     def post(self, text: str) -> None:
         """Write a failure."""
@@ -95,7 +96,8 @@ _boards: list[FailureBoard] = []
 
 @contextmanager
 def failure_guard() -> Iterator[None]:
-    """Tell the other ranks when the block fails; they raise at their next exchange, or in the one they wait in.
+    """Tell the other ranks when the block fails; they raise at their next exchange, or in the one they wait
+    in.
 
     Raises
     ------
@@ -128,7 +130,9 @@ class Transport:
         self._board = FailureBoard()
         _boards[:] = [self._board]
         backend = dist.get_backend(self._group)
-        self.device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in backend else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if "nccl" in backend else torch.device("cpu")
+        )
 
     def _wait(self, works: Sequence[Any]) -> None:
         """Wait for all, looking every half second whether some rank has failed meanwhile."""
@@ -227,8 +231,8 @@ _POLICIES: tuple[Literal["none", "save", "recompute"], ...] = ("none", "save", "
 class RankZeroRunner:
     """Runs a layer of experts that rank 0 holds, for the tokens of all ranks.
 
-    All ranks must call `run` and `run_backward` of the same layers in the same order, as they do when they run the
-    same model. A rank may have no tokens.
+    All ranks must call `run` and `run_backward` of the same layers in the same order, as they do when they
+    run the same model. A rank may have no tokens.
 
     Parameters
     ----------
@@ -289,7 +293,12 @@ class RankZeroRunner:
 
         dtype = hidden_states.dtype
         tokens = self._meet(
-            check, _FORWARD, len(hidden_states), top_k, dtype, _POLICIES.index(policy) + 4 * (lora is not None)
+            check,
+            _FORWARD,
+            len(hidden_states),
+            top_k,
+            dtype,
+            _POLICIES.index(policy) + 4 * (lora is not None),
         )
         parts = (hidden_states.detach(), expert_ids.detach().to(torch.int64), expert_weights.detach().float())
         row_bytes = self.hidden_size * dtype.itemsize + top_k * 12
@@ -303,9 +312,7 @@ class RankZeroRunner:
             kinds = (dtype, torch.int64, torch.float32)
             split = [_unpack(data, shape, kinds) for data, shape in zip(received, shapes, strict=True)]
             everything = [torch.cat(columns) for columns in zip(*split, strict=True)]
-            output, saved = self.wrapper.run(
-                *everything, policy=policy, lora=lora, dropout_seed=dropout_seed
-            )
+            output, saved = self.wrapper.run(*everything, policy=policy, lora=lora, dropout_seed=dropout_seed)
             return [(piece,) for piece in output.split(tokens)]
 
         answer = self._answer(compute, [count * self.hidden_size * dtype.itemsize for count in tokens])
@@ -324,7 +331,8 @@ class RankZeroRunner:
         want_lora: bool = False,
         base_dtype: torch.dtype | None = None,
     ) -> Gradients:
-        """Backward, see `BaseSFTMoEWrapper.run_backward`. Ranks other than 0 get zeros for adapters and weights.
+        """Backward, see `BaseSFTMoEWrapper.run_backward`. Ranks other than 0 get zeros for adapters and
+        weights.
 
         Raises
         ------
@@ -406,7 +414,9 @@ class RankZeroRunner:
         kinds = everyone[:, 1:6]
         if not bool((kinds == kinds[0]).all()):
             names = ("phase", "layer", "experts a token", "dtype", "what is needed")
-            differing = [name for name, column in zip(names, kinds.T, strict=True) if len(set(column.tolist())) > 1]
+            differing = [
+                name for name, column in zip(names, kinds.T, strict=True) if len(set(column.tolist())) > 1
+            ]
             raise KTAMXDistributedError(
                 f"the ranks are not at the same point of the model: {', '.join(differing)} differ "
                 f"({kinds.tolist()}); all ranks must run the same layers in the same order"

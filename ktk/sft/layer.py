@@ -82,12 +82,13 @@ class ExpertsCore:
     def run(
         self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, training: bool
     ) -> torch.Tensor:
-        """Experts' output for hidden states ``[..., H]``, ids and weights ``[..., k]``; like hidden states."""
+        """Experts' output for hidden states ``[..., H]``, ids and weights ``[..., k]``; like hidden
+        states."""
         self.pack_base()
         lora = None if self.lora is None else self.lora.tensors()
         dropout = training and self.lora is not None and self.lora.dropout > 0.0
         flat = hidden.reshape(-1, hidden.shape[-1])
-        output = run_experts(
+        output: torch.Tensor = run_experts(
             self.runner,
             flat,
             ids.reshape(-1, ids.shape[-1]),
@@ -128,7 +129,7 @@ class _HoldsPlaceholders(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         held = [(module, name, module._parameters.pop(name)) for module, name in self._placeholders()]
         try:
-            return super()._apply(fn, recurse)
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         finally:
             for module, name, tensor in held:
                 assert tensor is not None
@@ -142,8 +143,9 @@ class _HoldsPlaceholders(nn.Module):
 class KTExperts(_HoldsPlaceholders):
     """Fused experts, called as ``experts(hidden_states, expert_ids, expert_weights)``.
 
-    In place of the weights there are placeholders of their names and shapes until `drop_placeholders`, so that
-    PEFT's ``target_parameters`` finds them; or, where the weights are trained, the model's own parameters.
+    In place of the weights there are placeholders of their names and shapes until `drop_placeholders`, so
+    that PEFT's ``target_parameters`` finds them; or, where the weights are trained, the model's own
+    parameters.
 
     Parameters
     ----------
@@ -216,7 +218,9 @@ class KTExperts(_HoldsPlaceholders):
     def extra_repr(self) -> str:
         """Sizes, for `repr`."""
         sizes = self.core.sizes
-        return f"{sizes.num_experts} experts, hidden {sizes.hidden_size}, intermediate {sizes.intermediate_size}"
+        return (
+            f"{sizes.num_experts} experts, hidden {sizes.hidden_size}, intermediate {sizes.intermediate_size}"
+        )
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:
@@ -259,9 +263,10 @@ class KTExpertList(_HoldsPlaceholders, nn.ModuleList):
 class KTMoELayerWrapper(nn.Module):
     """The block of router, experts and shared experts, its experts run by ktk.
 
-    It has the submodules and parameters of the block that it replaces, under their names and in their order, and
-    calls that block's own forward: its router, and whatever else it does, is the model's. Only a block whose
-    experts are a `torch.nn.ModuleList` is run here: its own router, then the experts, then its shared experts.
+    It has the submodules and parameters of the block that it replaces, under their names and in their
+    order, and calls that block's own forward: its router, and whatever else it does, is the model's. Only a
+    block whose experts are a `torch.nn.ModuleList` is run here: its own router, then the experts, then its
+    shared experts.
 
     Parameters
     ----------
@@ -314,8 +319,8 @@ class KTMoELayerWrapper(nn.Module):
         new: Any = (KTExpertList if self._as_list else KTExperts)(core, experts, full_weight_grad)
         if self._as_list:
             _check_router(original_moe)
-        # One set of submodules under two names: what is replaced in this module (by PEFT, say) is replaced for
-        # the forward of the original block too. Past nn.Module's bookkeeping, or it would be a child.
+        # One set of submodules under two names: what is replaced in this module (by PEFT, say) is replaced
+        # for the forward of the original block too. Past nn.Module's bookkeeping, or it would be a child.
         self.__dict__["_block"] = original_moe
         for store in ("_modules", "_parameters", "_buffers"):
             self.__dict__[store] = original_moe.__dict__[store]
@@ -363,7 +368,8 @@ class KTMoELayerWrapper(nn.Module):
         return result + extra(hidden_states).reshape(result.shape)
 
     def _run_list(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        ids, weights = _routing(self.gate(hidden_states))
+        gate: Any = self.gate
+        ids, weights = _routing(gate(hidden_states))
         output = self.core.run(hidden_states, ids, weights, self.training)
         for name in ("shared_experts", "shared_expert"):
             shared = self._modules.get(name)
@@ -390,13 +396,16 @@ def _check_router(block: Any) -> None:
     gate = block._modules.get("gate")
     if gate is None or isinstance(gate, nn.Linear):
         raise KTAMXModelNotSupportedError(
-            f"{type(block).__name__} has a list of experts, and a router that only gives scores: how experts are "
-            "chosen is in the block's own forward. Use the model of transformers 5, whose experts are one module"
+            f"{type(block).__name__} has a list of experts, and a router that only gives scores: how "
+            f"experts are "
+            "chosen is in the block's own forward. Use the model of transformers 5, whose experts are one "
+            "module"
         )
 
 
 def _routing(result: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and weights among what a router returns: the only integer tensor, and the last float one like it."""
+    """Ids and weights among what a router returns: the only integer tensor, and the last float one like
+    it."""
     tensors = [tensor for tensor in result if isinstance(tensor, torch.Tensor)]
     ids = [tensor for tensor in tensors if not tensor.is_floating_point()]
     weights = [t for t in tensors if t.is_floating_point() and ids and t.shape == ids[0].shape]

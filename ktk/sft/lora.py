@@ -60,9 +60,9 @@ class KTAdaptResult:
 def kt_adapt_peft_lora(model: nn.Module, kt_config: Any = None) -> KTAdaptResult:
     """Connect the adapters of a model's experts; call it after ``get_peft_model``, or in its place.
 
-    PEFT's adapters on experts are used where there are any, on fused experts (``target_parameters``) and on the
-    linear layers of each expert. Other layers get adapters of ktk's own, if the configuration trains adapters.
-    Calling it again connects what has been added since, and changes nothing else.
+    PEFT's adapters on experts are used where there are any, on fused experts (``target_parameters``) and on
+    the linear layers of each expert. Other layers get adapters of ktk's own, if the configuration trains
+    adapters. Calling it again connects what has been added since, and changes nothing else.
 
     Parameters
     ----------
@@ -125,7 +125,8 @@ def _adapt_layer(layer: KTMoELayerWrapper, model: nn.Module, config: KTConfig) -
     if layer.core.lora is None and config.trains_lora and not skip:
         if not isinstance(experts, KTExperts):
             raise KTAMXConfigError(
-                f"the experts of layer {layer.layer_idx} are a list, which PEFT adapts: name their linear layers in "
+                f"the experts of layer {layer.layer_idx} are a list, which PEFT adapts: name their linear "
+                f"layers in "
                 "target_modules of its LoraConfig"
             )
         peft = _peft_config(model)
@@ -140,9 +141,7 @@ def _adapt_layer(layer: KTMoELayerWrapper, model: nn.Module, config: KTConfig) -
             from ktk.integrations.peft import KTLoraLayer
 
             adapter: Any = model.active_adapter
-            layer.experts = KTLoraLayer(
-                experts, adapter, rank, alpha, config.kt_lora_dropout, torch.float32
-            )
+            layer.experts = KTLoraLayer(experts, adapter, rank, alpha, config.kt_lora_dropout, torch.float32)
 
 
 def _peft_config(model: Any) -> Any:
@@ -170,9 +169,9 @@ def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         if layer.core.base is not None:
             experts = layer.inner_experts
             owned = {id(p): name for name, p in experts.named_parameters()}
-            for parameter in layer.core.base.parameters():
-                assert isinstance(parameter, nn.Parameter)
-                yield f"{prefix}.base.{owned[id(parameter)]}", parameter
+            for weight in layer.core.base.parameters():
+                assert isinstance(weight, nn.Parameter)
+                yield f"{prefix}.base.{owned[id(weight)]}", weight
         extra = layer._modules.get("lora_experts")
         if extra is not None:
             for name, parameter in extra.named_parameters():
@@ -209,5 +208,6 @@ def update_kt_lora_pointers(model: nn.Module) -> None:
 
 
 def sync_kt_lora_gradients(model: nn.Module) -> None:
-    """Average the gradients of the experts over all ranks, where DDP or FSDP does not do it. Alone: nothing."""
+    """Average the gradients of the experts over all ranks, where DDP or FSDP does not do it. Alone:
+    nothing."""
     average_gradients(get_kt_trainable_params(model))

@@ -123,8 +123,8 @@ class FusedLoRA(LoRASource):
 class ParameterLoRA(LoRASource):
     """PEFT's adapters on fused experts (``target_parameters``): one `ParamWrapper` a parameter.
 
-    gate and up share one A, and B has the rows of both. A parameter that is not adapted counts as an adapter of
-    zeros.
+    gate and up share one A, and B has the rows of both. A parameter that is not adapted counts as an
+    adapter of zeros.
 
     Parameters
     ----------
@@ -141,7 +141,8 @@ class ParameterLoRA(LoRASource):
         self.rank = max(int(wrapper.r[self._adapter]) for wrapper in wrappers.values())
         self._scale = max(float(wrapper.scaling[self._adapter]) for wrapper in wrappers.values())
         self.alpha, self.dropout = self._scale * self.rank, 0.0
-        # PyTorch allots a parameter's memory anew when it is moved; absent ones are made when first asked for.
+        # PyTorch allots a parameter's memory anew when it is moved; absent ones are made when first asked
+        # for.
         self._zeros: dict[str, torch.Tensor] = {}
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -267,7 +268,8 @@ def _one_adapter(layers: Sequence[Any]) -> str:
     names = {tuple(layer.active_adapters) for layer in layers}
     if len(names) != 1 or len(next(iter(names))) != 1:
         raise KTAMXConfigError(
-            f"the experts of a layer run with one adapter at a time, active are {sorted(names)}; use set_adapter"
+            f"the experts of a layer run with one adapter at a time, active are {sorted(names)}; use "
+            f"set_adapter"
         )
     return str(next(iter(names))[0])
 

@@ -16,10 +16,11 @@ FORMULA = (
     "process + 1.02 * packed experts + other weights + 16 bytes * trained parameters "
     "+ layers * (2TH + 4TkI) + (18 d H + 4 S heads) * T * all layers + 12 T vocabulary"
 )
-"""T tokens a forward, S tokens a sequence, d bytes an activation. The layers' term is 0 for activation: recompute;
-with gradient checkpointing it and the next count for one layer, plus d * T * H for each."""
+"""T tokens a forward, S tokens a sequence, d bytes an activation. The layers' term is 0 for activation:
+recompute; with gradient checkpointing it and the next count for one layer, plus d * T * H for each."""
 
-# Bits of one weight with its scales: a bf16 scale for every 32 weights of int4, a float32 for every row of int8.
+# Bits of one weight with its scales: a bf16 scale for every 32 weights of int4, a float32 for every row of
+# int8.
 _BITS = {"bf16": 16.0, "int8": 8.02, "int4": 4.5, "fp8": 8.01}
 
 
@@ -66,7 +67,8 @@ def estimate_memory(config: RunConfig) -> MemoryEstimate:
 
     settings: Any = transformers.AutoConfig.from_pretrained(config.model, local_files_only=True)
     with torch.device("meta"):
-        model: Any = transformers.AutoModelForCausalLM.from_config(settings)
+        loader: Any = transformers.AutoModelForCausalLM
+        model = loader.from_config(settings)
     arch = get_moe_arch_config(settings)
     text = getattr(settings, "text_config", None) or settings
     blocks = find_moe_blocks(model)

@@ -93,7 +93,9 @@ class RunConfig:
             object.__setattr__(self, one.name, _checked(one, getattr(self, one.name)))
         for name, choices in (("format", _FORMATS), ("dtype", _DTYPES), ("activation", _POLICIES)):
             if getattr(self, name) not in choices:
-                raise KTAMXConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+                raise KTAMXConfigError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
         if self.rank > 256:
             raise KTAMXConfigError(f"rank must be at most 256, got {self.rank}")
 

@@ -153,8 +153,8 @@ def fine_tune(
     Returns
     -------
     dict
-        What `report.json` holds: the configuration, losses, held-out losses before and after, seconds, tokens a
-        second, peak memory and the paths of what was written.
+        What `report.json` holds: the configuration, losses, held-out losses before and after, seconds,
+        tokens a second, peak memory and the paths of what was written.
 
     Raises
     ------
@@ -189,7 +189,7 @@ def fine_tune(
             for part in range(config.gradient_accumulation):
                 window = corpus.batch(config, step * config.gradient_accumulation + part)
                 loss = _loss(model, window) / config.gradient_accumulation
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 total += loss.item()
             nn.utils.clip_grad_norm_(parameters, config.gradient_norm)
             optimizer.step()

@@ -1,4 +1,5 @@
-"""Weights of experts: taken out of a model, read from a checkpoint, and kept as parameters where they are trained."""
+"""Weights of experts: taken out of a model, read from a checkpoint, and kept as parameters where they are
+trained."""
 
 from __future__ import annotations
 
@@ -222,7 +223,8 @@ def load_experts_from_kt_weight_path(
     packed = find_packed(path, weight_format, layer_idx)
     if packed is None:
         raise KtkArgumentError(
-            f"{path} has no packed {weight_format} experts of layer {layer_idx}; leave kt_weight_path out to pack "
+            f"{path} has no packed {weight_format} experts of layer {layer_idx}; leave kt_weight_path out "
+            f"to pack "
             "the checkpoint"
         )
     return INT8ExpertWeights(Path(packed), layer_idx, weight_format)

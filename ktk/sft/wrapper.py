@@ -9,12 +9,17 @@ from typing import Any
 
 import torch
 
-
 from ktk.config import FORMATS, LayerConfig
 from ktk.errors import KtkUnsupportedError
 from ktk.layer import Experts, shared_cpu_infer
 from ktk.sft.amx import AMXSFTMoEWrapper
-from ktk.sft.arch import MOEArchConfig, MoEBlock, find_moe_blocks, get_moe_arch_config, move_non_experts_to_gpu
+from ktk.sft.arch import (
+    MOEArchConfig,
+    MoEBlock,
+    find_moe_blocks,
+    get_moe_arch_config,
+    move_non_experts_to_gpu,
+)
 from ktk.sft.config import KTConfig
 from ktk.sft.dist_utils import RankZeroRunner, Transport, is_distributed, world
 from ktk.sft.errors import KTAMXConfigError, KTAMXModelNotSupportedError, KTAMXNotAvailableError
@@ -38,8 +43,8 @@ def wrap_moe_layers_with_kt_wrapper(
 ) -> list[AMXSFTMoEWrapper | None]:
     """Take the experts out of a model and run them in ktk from now on, forward and backward.
 
-    Layer by layer, experts are packed and their parameters dropped, so that at most one layer is held twice; with
-    `kt_train_mode` ``"full"`` or ``"hybrid"`` the parameters stay, to be trained.
+    Layer by layer, experts are packed and their parameters dropped, so that at most one layer is held
+    twice; with `kt_train_mode` ``"full"`` or ``"hybrid"`` the parameters stay, to be trained.
 
     Parameters
     ----------
@@ -69,13 +74,15 @@ def wrap_moe_layers_with_kt_wrapper(
         return custom
     if config.method.format not in FORMATS:
         raise KTAMXNotAvailableError(
-            f"kt_backend {config.kt_backend} needs the weight format {config.method.format}, which this build of "
+            f"kt_backend {config.kt_backend} needs the weight format {config.method.format}, which this "
+            f"build of "
             f"ktk does not have; it has {', '.join(FORMATS)}"
         )
     blocks = find_moe_blocks(model)
     if not blocks:
         raise KTAMXModelNotSupportedError(
-            f"{type(model).__name__} has no experts that ktk can train: it looks for blocks with `experts` of "
+            f"{type(model).__name__} has no experts that ktk can train: it looks for blocks with `experts` "
+            f"of "
             "transformers 5, or a list of experts with a router beside it"
         )
     transport = Transport() if is_distributed() else None
@@ -95,7 +102,8 @@ def wrap_moe_layers_with_kt_wrapper(
 
 def _refuse_to_save(*arguments: Any, **keywords: Any) -> None:
     raise KtkUnsupportedError(
-        "the experts of this model are packed by ktk and no longer parameters, so a saved copy would lack them; save "
+        "the experts of this model are packed by ktk and no longer parameters, so a saved copy would lack "
+        "them; save "
         "the adapters (PEFT's save_pretrained, or ktk.sft.save_kt_moe_to_adapter)"
     )
 
@@ -256,7 +264,8 @@ def build_kt_device_map(
 def build_kt_device_map_simplified(
     config: Any, kt_plugin: Any = None, device: str | torch.device = "cuda:0"
 ) -> dict[str, str]:
-    """As `build_kt_device_map`, without an entry for each layer: for a model that is loaded without experts."""
+    """As `build_kt_device_map`, without an entry for each layer: for a model that is loaded without
+    experts."""
     arch = get_moe_arch_config(config)
     root = arch.layers_prefix.rpartition(".")[0]
     names = (f"{root}.embed_tokens", arch.layers_prefix, f"{root}.norm", f"{root}.rotary_emb", "lm_head")
@@ -293,8 +302,8 @@ def load_kt_model(
 ) -> Any:
     """Load a checkpoint for fine-tuning, its experts in ktk.
 
-    The experts go from the checkpoint to the packed form one at a time and are never tensors of the model, unless
-    they are trained themselves. Everything else is frozen or not as PEFT or the caller decides.
+    The experts go from the checkpoint to the packed form one at a time and are never tensors of the model,
+    unless they are trained themselves. Everything else is frozen or not as PEFT or the caller decides.
 
     Parameters
     ----------
@@ -363,5 +372,3 @@ def load_kt_model(
     model.config.use_cache = False
     model.train()
     return model
-
-

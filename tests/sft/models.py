@@ -52,7 +52,9 @@ def eager(architecture: str, **changes: Any) -> Any:
 
 def wrap(model: Any, **settings: Any) -> Any:
     """The model with its experts in ktk."""
-    wrap_moe_layers_with_kt_wrapper(model, KTConfig(**{"num_threads": 2, "model_max_length": 512, **settings}))
+    wrap_moe_layers_with_kt_wrapper(
+        model, KTConfig(**{"num_threads": 2, "model_max_length": 512, **settings})
+    )
     return model
 
 

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ktk.sft import KTConfig, failure_guard, kt_adapt_peft_lora, sync_kt_lora_gradients, wrap_moe_layers_with_kt_wrapper
+from ktk.sft import (
+    KTConfig,
+    failure_guard,
+    kt_adapt_peft_lora,
+    sync_kt_lora_gradients,
+    wrap_moe_layers_with_kt_wrapper,
+)
 from ktk.sft.modules import moe_layers
 from sft.models import batch, draw_adapters, eager, trained, with_peft
 
@@ -36,7 +42,9 @@ def save(found: Any, path: Path) -> None:
     for name, parameter in trained(found).items():
         assert parameter.grad is not None, name
         gradient = parameter.grad
-        gradients[name.replace("module.", "")] = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+        gradients[name.replace("module.", "")] = (
+            gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+        )
     if dist.get_rank() == 0:
         torch.save(gradients, path / "gradients.pt")
 

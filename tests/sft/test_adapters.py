@@ -76,7 +76,12 @@ def test_round_trip(form: Any, tmp_path: Path) -> None:
 
 def test_a_file_of_the_incumbent(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(3)
-    shapes = {"gate_lora_a": (6, 4, 72), "gate_lora_b": (6, 40, 4), "up_lora_a": (6, 4, 72), "up_lora_b": (6, 40, 4)}
+    shapes = {
+        "gate_lora_a": (6, 4, 72),
+        "gate_lora_b": (6, 40, 4),
+        "up_lora_a": (6, 4, 72),
+        "up_lora_b": (6, 40, 4),
+    }
     shapes |= {"down_lora_a": (6, 4, 40), "down_lora_b": (6, 72, 4)}
     tensors = {
         f"layers.{layer}.experts.{name}": torch.randn(shape, generator=generator).bfloat16()
@@ -195,7 +200,10 @@ def put(key: str, value: torch.Tensor) -> Any:
     ("change", "message"),
     [
         (drop("layers.0.experts.up_lora_b"), "layer 0 lack up_lora_b"),
-        (put("layers.1.experts.down_lora_a", torch.zeros(6, 4, 41)), r"down_lora_a of layer 1 .* another model"),
+        (
+            put("layers.1.experts.down_lora_a", torch.zeros(6, 4, 41)),
+            r"down_lora_a of layer 1 .* another model",
+        ),
         (put("layers.1.experts.gate_lora_a", torch.zeros(7, 4, 72)), "another model"),
         (put("layers.1.experts.gate_lora_b", torch.full((6, 40, 4), torch.nan)), "NaN"),
         (
@@ -215,7 +223,9 @@ def test_what_does_not_fit_changes_nothing(change: Any, message: str, tmp_path: 
 
 def test_another_rank(tmp_path: Path) -> None:
     save_kt_moe_to_adapter(adapted(1, lora_rank=8), tmp_path)
-    with pytest.raises(KTAMXConfigError, match="rank 8, and those of layer 0 have rank 4; set kt_lora_rank to 8"):
+    with pytest.raises(
+        KTAMXConfigError, match="rank 8, and those of layer 0 have rank 4; set kt_lora_rank to 8"
+    ):
         load_kt_moe_from_adapter(adapted(2), tmp_path)
 
 

@@ -108,7 +108,7 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_run(tmp_path: Path) -> None:
     fine_tune(read_run_config(write(tmp_path, steps=4, plot=False)))
-    with pytest.raises(ValueError, match="trained other parameters: .* differ, the first is"):
+    with pytest.raises(ValueError, match=r"trained other parameters: .* differ, the first is"):
         fine_tune(read_run_config(write(tmp_path, rank=8)), resume=True)
 
 

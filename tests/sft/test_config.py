@@ -13,11 +13,28 @@ from ktk.sft.errors import KTAMXConfigError
 
 pytestmark = pytest.mark.any_binding
 
-SEED_NAMES = """
-backend num_threads tp_enabled threadpool_count weight_path expert_checkpoint_path num_gpu_experts skip_expert_loading
-share_backward_bb max_cache_depth model_max_length lora_rank lora_alpha use_lora_experts lora_expert_num
-lora_expert_intermediate_size checkpoint_files sharded_metadata wrap_fn wrap_kwargs
-""".split()
+SEED_NAMES = [
+    "backend",
+    "num_threads",
+    "tp_enabled",
+    "threadpool_count",
+    "weight_path",
+    "expert_checkpoint_path",
+    "num_gpu_experts",
+    "skip_expert_loading",
+    "share_backward_bb",
+    "max_cache_depth",
+    "model_max_length",
+    "lora_rank",
+    "lora_alpha",
+    "use_lora_experts",
+    "lora_expert_num",
+    "lora_expert_intermediate_size",
+    "checkpoint_files",
+    "sharded_metadata",
+    "wrap_fn",
+    "wrap_kwargs",
+]
 
 VALUES: dict[str, tuple[str, Any]] = {
     "backend": ("AMXINT8", "AMXINT8"),

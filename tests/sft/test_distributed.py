@@ -65,7 +65,9 @@ def run(cases: str, folder: Path, world: int = 2) -> tuple[list[int], float]:
 
 
 def errors_of(folder: Path) -> list[str]:
-    return [path.read_text() if path.exists() else "" for path in (folder / f"error-{rank}" for rank in (0, 1))]
+    return [
+        path.read_text() if path.exists() else "" for path in (folder / f"error-{rank}" for rank in (0, 1))
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,10 @@
 """Fifty steps of training in ktk beside fifty in eager PyTorch with PEFT.
 
-The two differ by the roundings of bfloat16 inside the experts, which training carries on. How much that may be is
-measured, not chosen: the eager model is also trained with its experts' inputs, outputs, or both rounded to bfloat16,
-and ktk may differ from the exact curve by three times what the worst of these did up to then. Routers are drawn
-wide: where two experts have nearly equal scores, a rounding changes the choice, and with it the curve by a jump.
+The two differ by the roundings of bfloat16 inside the experts, which training carries on. How much that may
+be is measured, not chosen: the eager model is also trained with its experts' inputs, outputs, or both
+rounded to bfloat16, and ktk may differ from the exact curve by three times what the worst of these did up
+to then. Routers are drawn wide: where two experts have nearly equal scores, a rounding changes the choice,
+and with it the curve by a jump.
 """
 
 from __future__ import annotations

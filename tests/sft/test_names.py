@@ -23,20 +23,49 @@ def run_alone(script: str, folder: Path) -> None:
     subprocess.run([sys.executable, "-c", script], check=True, cwd=folder, env=environment)
 
 
-INCUMBENT = """
-KTConfig BaseSFTMoEWrapper KExpertsSFTBuffer AMXSFTMoEWrapper
-MOEArchConfig get_moe_arch_config get_moe_module move_non_experts_to_gpu get_expert_device
-KTAMXError KTAMXNotAvailableError KTAMXModelNotSupportedError KTAMXConfigError
-KTMoEFunction KTMoELayerWrapper
-extract_moe_weights load_experts_from_checkpoint_files load_experts_from_kt_weight_path INT8ExpertWeights
-kt_adapt_peft_lora get_kt_lora_params update_kt_lora_pointers sync_kt_lora_gradients
-save_lora_experts_to_adapter load_lora_experts_from_adapter save_kt_moe_to_adapter load_kt_moe_from_adapter
-LoRAExpertMLP LoRAExperts
-wrap_moe_layers_with_kt_wrapper build_kt_device_map build_kt_device_map_simplified get_kt_loading_kwargs
-load_kt_model
-KTActivationPolicy get_kt_trainable_params get_kt_named_trainable_params get_kt_rank_local_parameter_names
-get_activation_checkpoint_context_fn save_kt_adapter_artifacts load_kt_adapter_artifacts
-""".split()
+INCUMBENT = [
+    "KTConfig",
+    "BaseSFTMoEWrapper",
+    "KExpertsSFTBuffer",
+    "AMXSFTMoEWrapper",
+    "MOEArchConfig",
+    "get_moe_arch_config",
+    "get_moe_module",
+    "move_non_experts_to_gpu",
+    "get_expert_device",
+    "KTAMXError",
+    "KTAMXNotAvailableError",
+    "KTAMXModelNotSupportedError",
+    "KTAMXConfigError",
+    "KTMoEFunction",
+    "KTMoELayerWrapper",
+    "extract_moe_weights",
+    "load_experts_from_checkpoint_files",
+    "load_experts_from_kt_weight_path",
+    "INT8ExpertWeights",
+    "kt_adapt_peft_lora",
+    "get_kt_lora_params",
+    "update_kt_lora_pointers",
+    "sync_kt_lora_gradients",
+    "save_lora_experts_to_adapter",
+    "load_lora_experts_from_adapter",
+    "save_kt_moe_to_adapter",
+    "load_kt_moe_from_adapter",
+    "LoRAExpertMLP",
+    "LoRAExperts",
+    "wrap_moe_layers_with_kt_wrapper",
+    "build_kt_device_map",
+    "build_kt_device_map_simplified",
+    "get_kt_loading_kwargs",
+    "load_kt_model",
+    "KTActivationPolicy",
+    "get_kt_trainable_params",
+    "get_kt_named_trainable_params",
+    "get_kt_rank_local_parameter_names",
+    "get_activation_checkpoint_context_fn",
+    "save_kt_adapter_artifacts",
+    "load_kt_adapter_artifacts",
+]
 
 
 @pytest.mark.parametrize("name", INCUMBENT)
@@ -47,7 +76,9 @@ def test_exported(name: str) -> None:
     assert value.__doc__
 
 
-@pytest.mark.parametrize("module", ["base", "amx", "arch", "autograd", "config", "layer", "lora", "weights", "wrapper"])
+@pytest.mark.parametrize(
+    "module", ["base", "amx", "arch", "autograd", "config", "layer", "lora", "weights", "wrapper"]
+)
 def test_modules_have_the_names_that_clients_import_from(module: str) -> None:
     __import__(f"ktk.sft.{module}")
 
@@ -60,7 +91,8 @@ def test_unknown_name() -> None:
 def test_importing_ktk_loads_nothing_of_training(tmp_path: Path) -> None:
     script = (
         "import sys, ktk; ktk.KTMoEWrapper; ktk.Experts\n"
-        "assert not [name for name in sys.modules if name.startswith(('ktk.sft', 'peft', 'ktk.integrations'))]"
+        "assert not [name for name in sys.modules if name.startswith(('ktk.sft', 'peft', "
+        "'ktk.integrations'))]"
     )
     run_alone(script, tmp_path)
 

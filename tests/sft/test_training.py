@@ -17,7 +17,8 @@ from sft.models import batch, draw_adapters, eager, lora_config, pair, trained, 
 
 ARCHITECTURES = ("qwen3_moe", "mixtral", "deepseek_v3")
 
-# Experts multiply bfloat16 numbers, the eager model float32: a few roundings of 2^-9 each, one after the other.
+# Experts multiply bfloat16 numbers, the eager model float32: a few roundings of 2^-9 each, one after the
+# other.
 TOLERANCE = 8 * 2.0**-8
 
 
@@ -27,7 +28,9 @@ def gradients(model: Any, data: dict[str, torch.Tensor] | None = None) -> dict[s
     return {name: p.grad.clone() for name, p in trained(model).items() if p.grad is not None}
 
 
-def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+def assert_close(
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float
+) -> None:
     assert actual.keys() == expected.keys()
     for name, wanted in expected.items():
         difference = (actual[name].float() - wanted.float()).norm()
@@ -155,7 +158,9 @@ def test_autocast() -> None:
 
 def error(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """Norm of the difference of all gradients, over the norm of them all."""
-    difference = sum((actual[name].double() - wanted.double()).square().sum() for name, wanted in expected.items())
+    difference = sum(
+        (actual[name].double() - wanted.double()).square().sum() for name, wanted in expected.items()
+    )
     norm = sum(wanted.double().square().sum() for wanted in expected.values())
     return float(torch.as_tensor(difference / norm).sqrt())
 
@@ -226,7 +231,9 @@ def test_fresh_adapters_of_ktk_change_nothing() -> None:
     assert torch.equal(model(**batch()).logits, before)
     assert len(result.named_optimizer_parameters) == 12
     assert result.placeholder_names == [
-        f"model.layers.{layer}.mlp.experts.{name}" for layer in (0, 1) for name in ("gate_up_proj", "down_proj")
+        f"model.layers.{layer}.mlp.experts.{name}"
+        for layer in (0, 1)
+        for name in ("gate_up_proj", "down_proj")
     ]
     assert kt_adapt_peft_lora(model).placeholder_names == []
 

@@ -1,4 +1,5 @@
-"""The wrapper of one layer without autograd, and wrappers of whole models: the incumbent's calls, and bad input."""
+"""The wrapper of one layer without autograd, and wrappers of whole models: the incumbent's calls, and bad
+input."""
 
 from __future__ import annotations
 
@@ -232,7 +233,10 @@ def replaced(index: int, tensor: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (replaced(0, torch.zeros(4, 5, 80, dtype=torch.bfloat16)), r"gate_lora_a must have the shape \[4, 4, 80\]"),
+        (
+            replaced(0, torch.zeros(4, 5, 80, dtype=torch.bfloat16)),
+            r"gate_lora_a must have the shape \[4, 4, 80\]",
+        ),
         (replaced(1, torch.zeros(4, 48, 4, dtype=torch.float16)), "must be float32 or bfloat16"),
         (replaced(1, torch.zeros(4, 48, 4)), "of one dtype"),
         (replaced(5, torch.zeros(4, 4, 80, dtype=torch.bfloat16).transpose(1, 2)), "must be contiguous"),
@@ -257,7 +261,7 @@ def test_an_adapter_that_becomes_nan_is_noticed() -> None:
 def test_bad_batches() -> None:
     wrapper, _, _ = started()
     x, ids, w = tokens(2, 65)
-    with pytest.raises(KtkArgumentError, match="got 65 tokens, and its limit is 64 .*kt_model_max_length"):
+    with pytest.raises(KtkArgumentError, match=r"got 65 tokens, and its limit is 64 .*kt_model_max_length"):
         wrapper.forward(x, ids, w)
     x, ids, w = tokens(2, 5)
     for bad, message in (
@@ -270,7 +274,7 @@ def test_bad_batches() -> None:
     ):
         with pytest.raises(KtkArgumentError, match=message):
             wrapper.forward(*bad)
-    with pytest.raises(TypeError, match="hidden_states must be a torch.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"hidden_states must be a torch\.Tensor, got list"):
         wrapper.forward([1.0], ids, w)  # type: ignore[arg-type]
 
 
@@ -317,7 +321,7 @@ def test_a_graph_used_twice_and_a_changed_input() -> None:
     model = with_peft(wrap(eager("qwen3_moe")))
     loss = model(**batch()).loss
     loss.backward(retain_graph=True)
-    with pytest.raises(KtkStateError, match="one backward. Leave retain_graph out"):
+    with pytest.raises(KtkStateError, match=r"one backward\. Leave retain_graph out"):
         loss.backward()
     layer = moe_layers(wrap(eager("qwen3_moe"), activation_policy="recompute"))[0][1]
     x = torch.randn(4, 72, requires_grad=True) * 1
@@ -412,7 +416,10 @@ def test_load_kt_model_refuses() -> None:
 def test_full_weights_follow_an_explicit_call() -> None:
     model = wrap(eager("qwen3_moe"), train_mode="full")
     before = model(**batch()).logits.detach()
-    for parameter in (moe_layers(model)[0][1].experts.gate_up_proj, moe_layers(model)[0][1].experts.down_proj):
+    for parameter in (
+        moe_layers(model)[0][1].experts.gate_up_proj,
+        moe_layers(model)[0][1].experts.down_proj,
+    ):
         # Past the counter that says that a tensor has changed.
         parameter.data.zero_()
     update_kt_lora_pointers(model)
@@ -606,7 +613,9 @@ def test_devices() -> None:
 def test_experts_of_checkpoint_files() -> None:
     folder = checkpoint("mixtral")
     gate, up, down = load_experts_from_checkpoint_files(sorted(folder.glob("*.safetensors")), layer_idx=1)
-    assert gate.dtype == torch.bfloat16 and gate.shape == up.shape == (4, 96, 72) and down.shape == (4, 72, 96)
+    assert (
+        gate.dtype == torch.bfloat16 and gate.shape == up.shape == (4, 96, 72) and down.shape == (4, 72, 96)
+    )
     with pytest.raises(KtkArgumentError, match="of one folder"):
         load_experts_from_checkpoint_files(["/a/x.safetensors", "/b/y.safetensors"])
 
@@ -630,5 +639,3 @@ def test_an_own_function_for_wrapping() -> None:
     config = KTConfig(wrap_fn=lambda model, **kw: called.append(kw) or [], wrap_kwargs={"a": 1})
     assert wrap_moe_layers_with_kt_wrapper(nn.Linear(1, 1), config) == []
     assert called == [{"a": 1}]
-
-
