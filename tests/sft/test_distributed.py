@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,9 @@ TOGETHER = (
     "too_many_tokens",
     "nan_gradient",
     "other_layer",
+    "elsewhere",
+    # The last, because one rank is gone afterwards.
+    "dies",
 )
 
 
@@ -70,13 +74,26 @@ def errors_of(folder: Path) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """Where the files of each case are, how the ranks ended, and how far apart."""
+
+    folder: Path
+    codes: list[int]
+    apart_s: float
+
+
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Most cases in one pair of processes: a failure that all ranks know of leaves them usable."""
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """All cases in one pair of processes: a failure that all ranks know of leaves them usable."""
     folder = tmp_path_factory.mktemp("ranks")
-    codes, _ = run(",".join(TOGETHER), folder)
-    assert codes == [0, 0], (folder / "log").read_text()
-    return folder
+    codes, apart_s = run(",".join(TOGETHER), folder)
+    return Outcome(folder, codes, apart_s)
+
+
+@pytest.fixture
+def together(outcome: Outcome) -> Path:
+    return outcome.folder
 
 
 def expected_gradients(fused: bool) -> dict[str, torch.Tensor]:
@@ -137,15 +154,13 @@ def test_a_failure_reaches_every_rank(case: str, message: str, together: Path) -
         assert error.startswith("KTAMXDistributedError") and re.search(message, error), error
 
 
-def test_a_failure_elsewhere_ends_the_wait_at_the_experts(tmp_path: Path) -> None:
-    run("elsewhere", tmp_path)
-    waiting, failed = errors_of(tmp_path / "elsewhere")
+def test_a_failure_elsewhere_ends_the_wait_at_the_experts(together: Path) -> None:
+    waiting, failed = errors_of(together / "elsewhere")
     assert waiting.startswith("KTAMXDistributedError") and "rank 1: RuntimeError: no more data" in waiting
     assert failed == "RuntimeError: no more data"
 
 
-def test_a_rank_that_dies_takes_the_others_down(tmp_path: Path) -> None:
-    codes, apart = run("dies", tmp_path)
-    assert codes[1] == 3
-    assert "lost another rank" in errors_of(tmp_path / "dies")[0]
-    assert apart < FAILURE_LIMIT_S
+def test_a_rank_that_dies_takes_the_others_down(outcome: Outcome) -> None:
+    assert outcome.codes == [0, 3]
+    assert "lost another rank" in errors_of(outcome.folder / "dies")[0]
+    assert outcome.apart_s < FAILURE_LIMIT_S

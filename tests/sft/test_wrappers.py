@@ -586,6 +586,41 @@ def test_arch_of_text_and_images() -> None:
     assert arch.layers_prefix in ("model.language_model.layers", "model.layers")
 
 
+def test_a_model_of_text_and_images() -> None:
+    import transformers
+
+    rope = {"rope_type": "default", "mrope_section": [2, 2, 4], "mrope_interleaved": True}
+    config = transformers.AutoConfig.for_model(
+        "qwen3_vl_moe",
+        text_config={
+            **make_config("qwen3_moe").to_dict(),
+            "model_type": "qwen3_vl_moe_text",
+            "rope_parameters": {**rope, "rope_theta": 10000.0},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 72,
+            "deepstack_visual_indexes": [0],
+        },
+    )
+    torch.manual_seed(0)
+    kind: Any = transformers.Qwen3VLMoeForConditionalGeneration
+    source = kind._from_config(config, experts_implementation="eager").train()
+    reference, model = copy.deepcopy(source), wrap(source, train_mode="full")
+    ids = batch()["input_ids"]
+    assert get_moe_arch_config(model.config).layers_prefix == "model.language_model.layers"
+    assert len(model._kt_wrappers) == 2
+    for one in (reference, model):
+        one(input_ids=ids, labels=ids).loss.backward()
+    for (name, parameter), other in zip(reference.named_parameters(), model.parameters(), strict=True):
+        if parameter.grad is not None:
+            assert other.grad is not None
+            assert (other.grad - parameter.grad).norm() <= 0.04 * parameter.grad.norm() + 1e-6, name
+
+
 def test_device_maps() -> None:
     config = make_config("deepseek_v3")
     found = build_kt_device_map(config, None, "cuda:1")
