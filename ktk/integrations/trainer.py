@@ -1,6 +1,6 @@
 """transformers' `Trainer` and what is built on it: checkpoints that hold all of the experts' adapters.
 
-PEFT saves and restores its own adapters and ktk's. What is left are extra experts, and the incumbent's file
+PEFT saves and restores its own adapters and ktk's. What is left are extra experts, and kt-kernel's file
 of fused adapters; a callback writes and reads them.
 """
 

@@ -1,6 +1,6 @@
 """Adapters of experts on disk.
 
-Read: the incumbent's ``fused_expert_lora.safetensors``; and, from PEFT's ``adapter_model.safetensors``,
+Read: kt-kernel's ``fused_expert_lora.safetensors``; and, from PEFT's ``adapter_model.safetensors``,
 adapters on each expert, on fused experts, and of ktk's own. Written: ``fused_expert_lora.safetensors``, or
 one adapter an expert as PEFT names them.
 """

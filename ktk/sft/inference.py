@@ -49,7 +49,6 @@ def with_adapter(model: Any, path: str | os.PathLike[str]) -> Any:
     config = KTConfig(
         backend=_BACKENDS[layers[0].config.format],
         model_max_length=layers[0].config.max_tokens,
-        # The incumbent's file holds all that PEFT's has for experts, and possibly more.
         train_mode="lora",
     )
     wrap_moe_layers_with_kt_wrapper(model, config)

@@ -51,7 +51,7 @@ def assert_same(actual: Any, expected: Any) -> None:
             assert torch.equal(actual[layer][name], tensor), (layer, name)
 
 
-def test_the_fused_file_has_the_incumbents_keys(tmp_path: Path) -> None:
+def test_the_fused_file_has_the_keys_of_kt_kernel(tmp_path: Path) -> None:
     model = adapted()
     path = save_kt_moe_to_adapter(model, tmp_path)
     assert path == tmp_path / "fused_expert_lora.safetensors"
@@ -74,7 +74,7 @@ def test_round_trip(form: Any, tmp_path: Path) -> None:
         assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_a_file_of_the_incumbent(tmp_path: Path) -> None:
+def test_a_file_of_kt_kernel(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(3)
     shapes = {
         "gate_lora_a": (6, 4, 72),

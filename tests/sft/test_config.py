@@ -64,7 +64,7 @@ VALUES: dict[str, tuple[str, Any]] = {
 }
 
 
-def test_fields_are_those_of_the_incumbent() -> None:
+def test_fields_are_those_of_kt_kernel() -> None:
     names = {field.name for field in dataclasses.fields(KTConfig)}
     assert {f"kt_{name}" for name in SEED_NAMES} <= names
     assert {f"kt_{name}" for name in VALUES} <= names

@@ -1,4 +1,4 @@
-"""Names: the export list of the incumbent's training package, and what importing does."""
+"""Names: the export list of kt-kernel's training package, and what importing does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run_alone(script: str, folder: Path) -> None:
     subprocess.run([sys.executable, "-c", script], check=True, cwd=folder, env=environment)
 
 
-INCUMBENT = [
+KT_KERNEL = [
     "KTConfig",
     "BaseSFTMoEWrapper",
     "KExpertsSFTBuffer",
@@ -68,7 +68,7 @@ INCUMBENT = [
 ]
 
 
-@pytest.mark.parametrize("name", INCUMBENT)
+@pytest.mark.parametrize("name", KT_KERNEL)
 def test_exported(name: str) -> None:
     value = getattr(ktk.sft, name)
     assert name in ktk.sft.__all__

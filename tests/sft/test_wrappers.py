@@ -1,4 +1,4 @@
-"""The wrapper of one layer without autograd, and wrappers of whole models: the incumbent's calls, and bad
+"""The wrapper of one layer without autograd, and wrappers of whole models: kt-kernel's calls, and bad
 input."""
 
 from __future__ import annotations
