@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import os
+import sys
 import weakref
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from ktk import _native
 from ktk.buffers import BufferSet, KExpertsCPUBuffer, on_stream, stream_address, to_device, to_host
 from ktk.config import MAX_INT32, LayerConfig, checked_int, format_of_method
-from ktk.errors import KtkArgumentError, KtkStateError, KtkUnsupportedError
+from ktk.errors import KtkArgumentError, KtkStateError
 from ktk.layer import Experts, checked_mask
 from ktk.runtime import CPUInfer
 from ktk.weights.packed import find_packed, packed_path
@@ -543,11 +544,12 @@ class KTMoEWrapper:
     numa_nodes : sequence of int, optional
         NUMA node of each subpool; default: 0, 1, 2 ...
     mode : str, default "inference"
-        ``"inference"``; ``"sft"`` is not available.
+        ``"inference"``; ``"sft"`` makes a `ktk.sft.AMXSFTMoEWrapper` in place of a `BaseMoEWrapper`.
     num_gpu_experts : int, default 0
         The first experts, as many as this, run on the GPU. Not together with a mask that has another number.
-    lora_rank, lora_alpha, max_cache_depth
-        Taken for mode ``"sft"``; without effect.
+    lora_rank, lora_alpha, lora_dropout, max_cache_depth, zero_point, full_weight_grad
+        For mode ``"sft"``, see `ktk.sft.BaseSFTMoEWrapper`; `zero_point` is another name of `asymmetric`.
+        Without effect otherwise.
     swiglu_limit, swiglu_alpha : float, default 0.0
         Activation, see `ktk.config.LayerConfig`.
     group_size : int, optional
@@ -565,7 +567,7 @@ class KTMoEWrapper:
     KtkArgumentError
         If a value is out of range, or the mode or method is unknown; the message names the value.
     KtkUnsupportedError
-        If the mode is ``"sft"``, or the CPU cannot run the instruction set.
+        If the CPU cannot run the instruction set.
     """
 
     def __new__(  # type: ignore[misc]
@@ -598,11 +600,40 @@ class KTMoEWrapper:
         isa: str | None = None,
         cpu_infer: CPUInfer | None = None,
         model: Hashable = None,
+        lora_dropout: float = 0.0,
+        zero_point: bool = False,
+        full_weight_grad: bool = False,
     ) -> BaseMoEWrapper:
         """Check the arguments and make the wrapper of the method."""
         if mode == "sft":
-            raise KtkUnsupportedError(
-                'mode "sft" is not available in this version of ktk; use mode="inference"'
+            # Loaded here, so that importing ktk does not load what only training needs.
+            from ktk.sft.amx import make_sft_wrapper
+
+            return make_sft_wrapper(  # type: ignore[return-value]
+                layer_idx=layer_idx,
+                num_experts=num_experts,
+                num_experts_per_tok=num_experts_per_tok,
+                hidden_size=hidden_size,
+                moe_intermediate_size=moe_intermediate_size,
+                method=method,
+                cpuinfer_threads=cpuinfer_threads,
+                threadpool_count=threadpool_count,
+                weight_path=weight_path,
+                chunked_prefill_size=chunked_prefill_size,
+                numa_nodes=numa_nodes,
+                num_gpu_experts=num_gpu_experts or 0,
+                gpu_experts_mask=gpu_experts_mask,
+                lora_rank=lora_rank,
+                lora_alpha=lora_alpha,
+                lora_dropout=lora_dropout,
+                max_cache_depth=max_cache_depth,
+                group_size=group_size,
+                zero_point=asymmetric or zero_point,
+                full_weight_grad=full_weight_grad,
+                swiglu_limit=swiglu_limit,
+                swiglu_alpha=swiglu_alpha,
+                isa=isa,
+                cpu_infer=cpu_infer,
             )
         if mode != "inference":
             raise KtkArgumentError(f"unknown mode {mode!r}; valid modes: inference, sft")
@@ -670,4 +701,7 @@ class KTMoEWrapper:
 
     @staticmethod
     def clear_sft_buffer_cache() -> None:
-        """Drop the buffers of training. There are none as long as mode ``"sft"`` is not available."""
+        """Drop the staging buffers of training."""
+        module = sys.modules.get("ktk.sft.buffers")
+        if module is not None:
+            module.KExpertsSFTBuffer.clear_cache()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import threading
 import weakref
@@ -724,6 +725,49 @@ class Experts:
         )
         if clear_bias:
             self._import_zero_bias(slot)
+
+    def update_expert(self, slot: int, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
+        """Replace the weights of one loaded expert; its biases stay.
+
+        Parameters
+        ----------
+        slot : int
+            0 .. ``config.num_experts`` - 1.
+        gate, up, down : torch.Tensor
+            ``[I, H]``, ``[I, H]``, ``[H, I]``, bfloat16, float16 or float32 of one dtype.
+
+        Raises
+        ------
+        KtkArgumentError
+            If there is no such slot, a tensor has the wrong shape or dtype, or a weight is not finite; in the
+            last case the expert has no weights any more.
+        KtkStateError
+            If the layer is closed or has no weights.
+        """
+        moe = self.ready()
+        inner, hidden = self.config.intermediate_size, self.config.hidden_size
+        slot = checked_int("slot", slot, 0, self.config.num_experts - 1)
+        for name, tensor, shape in (
+            ("gate", gate, (inner, hidden)),
+            ("up", up, (inner, hidden)),
+            ("down", down, (hidden, inner)),
+        ):
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+            if tuple(tensor.shape) != shape or tensor.dtype not in _DTYPE_CODES or tensor.dtype != gate.dtype:
+                raise KtkArgumentError(
+                    f"{name} must have the shape {list(shape)} and the dtype of gate, a floating-point one, "
+                    f"got {tensor.dtype} {list(tensor.shape)}"
+                )
+        weights = ExpertWeights(gate=gate, up=up, down=down)
+        if self._bias:
+            biases = torch.empty(inner), torch.empty(inner), torch.empty(hidden)
+            for part, bias in zip(_BIAS_PARTS, biases, strict=True):
+                moe.export_part(slot, part, bias.data_ptr(), bias.nbytes)
+            weights = dataclasses.replace(
+                weights, gate_bias=biases[0], up_bias=biases[1], down_bias=biases[2]
+            )
+        self._pack(slot, weights, False)
 
     def _import_zero_bias(self, slot: int) -> None:
         inner, hidden = self.config.intermediate_size, self.config.hidden_size

@@ -243,7 +243,7 @@ def test_versions_agree(module: ModuleType) -> None:
 
 
 def test_constants_are_those_of_the_header(module: ModuleType, header: Abi) -> None:
-    for enum in ("ktk_dtype", "ktk_format", "ktk_part", "ktk_probe_kind"):
+    for enum in ("ktk_dtype", "ktk_format", "ktk_part", "ktk_policy", "ktk_probe_kind"):
         for name in header.enums[enum]:
             value = getattr(module, name.removeprefix("KTK_"))
             assert (type(value), value) == (int, header.enum_values[name])

@@ -11,7 +11,7 @@ import torch
 
 from ktk import BaseMoEWrapper, Experts, KTMoEWrapper
 from ktk.config import FORMATS, METHODS, LayerConfig, format_info, format_of_method
-from ktk.errors import KtkArgumentError, KtkError, KtkStateError, KtkUnsupportedError
+from ktk.errors import KtkArgumentError, KtkError, KtkStateError
 from ktk.layer import shared_cpu_infer
 from torch_layers import Weights, assert_wrapper_matches, batch, clean_buffers, form_of
 
@@ -353,8 +353,3 @@ def test_a_configuration_of_the_wrong_kind() -> None:
         Experts.from_weights(None, None, None, num_experts_per_tok=1)  # type: ignore[arg-type]
     with pytest.raises(KtkArgumentError, match="gate"):
         Experts.from_weights(torch.zeros(3), torch.zeros(3), torch.zeros(3), num_experts_per_tok=1)
-
-
-def test_sft_is_not_there_yet() -> None:
-    with pytest.raises(KtkUnsupportedError, match="sft"):
-        KTMoEWrapper(**{**WRAPPER, "mode": "sft", "method": "AMXBF16_SFT"})

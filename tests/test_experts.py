@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import ktk
 from ktk import BaseMoEWrapper, Experts, KExpertsCPUBuffer, KTMoEWrapper, generate_gpu_experts_masks
 from ktk.config import LayerConfig
-from ktk.errors import KtkArgumentError, KtkStateError, KtkUnsupportedError
+from ktk.errors import KtkArgumentError, KtkStateError
 from ktk.layer import shared_cpu_infer
 from reference.moe import Activation
 from torch_layers import (
@@ -776,10 +776,6 @@ def test_masks_take_the_first_of_equals() -> None:
 
 
 def test_modes() -> None:
-    with pytest.raises(KtkUnsupportedError, match="sft"):
-        make_wrapper(mode="sft")
-    with pytest.raises(NotImplementedError):
-        make_wrapper(mode="sft")
     with pytest.raises(ValueError, match="inference, sft"):
         make_wrapper(mode="train")
 

@@ -53,6 +53,9 @@ PART_DOWN_BIAS = 8
 PROBE_PRODUCT = 0
 PROBE_READ = 1
 PROBE_COPY = 2
+POLICY_NONE = 0
+POLICY_SAVE = 1
+POLICY_RECOMPUTE = 2
 
 _OK = 0
 _ERR_ARGUMENT = 1
@@ -137,12 +140,79 @@ class ProbeConfig(ctypes.Structure):
     )
 
 
+class SftConfig(ctypes.Structure):
+    """`ktk_sft_config`."""
+
+    _fields_ = (
+        ("struct_size", c_uint32),
+        ("lora_rank", c_int32),
+        ("lora_scale", c_float),
+        ("lora_dropout", c_float),
+        ("skip_lora", c_int32),
+    )
+
+
+class LoraTensors(ctypes.Structure):
+    """`ktk_lora_tensors`."""
+
+    _fields_ = (
+        ("struct_size", c_uint32),
+        ("dtype", c_int32),
+        ("gate_a", c_void_p),
+        ("gate_b", c_void_p),
+        ("up_a", c_void_p),
+        ("up_b", c_void_p),
+        ("down_a", c_void_p),
+        ("down_b", c_void_p),
+    )
+
+
+class SftContextConfig(ctypes.Structure):
+    """`ktk_sft_context_config`."""
+
+    _fields_ = (
+        ("struct_size", c_uint32),
+        ("policy", c_int32),
+        ("dropout", c_int32),
+        ("seed", c_int64),
+    )
+
+
+class BackwardArgs(ctypes.Structure):
+    """`ktk_backward_args`."""
+
+    _fields_ = (
+        ("struct_size", c_uint32),
+        ("grad_output_dtype", c_int32),
+        ("grad_output", c_void_p),
+        ("grad_input", c_void_p),
+        ("grad_input_dtype", c_int32),
+        ("lora_dtype", c_int32),
+        ("grad_expert_weights", POINTER(c_float)),
+        ("gate_a", c_void_p),
+        ("gate_b", c_void_p),
+        ("up_a", c_void_p),
+        ("up_b", c_void_p),
+        ("down_a", c_void_p),
+        ("down_b", c_void_p),
+        ("base_dtype", c_int32),
+        ("accumulate", c_int32),
+        ("gate", c_void_p),
+        ("up", c_void_p),
+        ("down", c_void_p),
+    )
+
+
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "ktk_pool_config": PoolConfig,
     "ktk_moe_config": MoeConfig,
     "ktk_expert_weights": ExpertWeights,
     "ktk_forward_args": ForwardArgs,
     "ktk_probe_config": ProbeConfig,
+    "ktk_sft_config": SftConfig,
+    "ktk_lora_tensors": LoraTensors,
+    "ktk_sft_context_config": SftContextConfig,
+    "ktk_backward_args": BackwardArgs,
 }
 
 TASK_FN = ctypes.CFUNCTYPE(c_int32, c_void_p)
@@ -176,10 +246,24 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ktk_moe_weight_bytes": (_STATUS, (_Handle, POINTER(c_size_t))),
     "ktk_moe_isa": (_STATUS, (_Handle, POINTER(c_char_p))),
     "ktk_moe_forward": (_STATUS, (_Handle, POINTER(ForwardArgs))),
+    "ktk_moe_unpack_expert": (
+        _STATUS,
+        (_Handle, c_int32, POINTER(c_float), POINTER(c_float), POINTER(c_float)),
+    ),
+    "ktk_sft_create": (_STATUS, (POINTER(SftConfig), _Handle, POINTER(_Handle))),
+    "ktk_sft_destroy": (_STATUS, (_Handle,)),
+    "ktk_sft_set_lora": (_STATUS, (_Handle, POINTER(LoraTensors))),
+    "ktk_sft_context_create": (_STATUS, (_Handle, POINTER(SftContextConfig), POINTER(_Handle))),
+    "ktk_sft_context_destroy": (_STATUS, (_Handle,)),
+    "ktk_sft_context_size": (_STATUS, (_Handle, POINTER(c_int32), POINTER(c_size_t), POINTER(c_size_t))),
+    "ktk_sft_forward": (_STATUS, (_Handle, POINTER(ForwardArgs))),
+    "ktk_sft_backward": (_STATUS, (_Handle, POINTER(BackwardArgs))),
     "ktk_queue_create": (_STATUS, (_Handle, POINTER(_Handle))),
     "ktk_queue_destroy": (_STATUS, (_Handle,)),
     "ktk_queue_submit": (_STATUS, (_Handle, TASK_FN, c_void_p)),
     "ktk_queue_submit_forward": (_STATUS, (_Handle, _Handle, POINTER(ForwardArgs))),
+    "ktk_queue_submit_sft_forward": (_STATUS, (_Handle, _Handle, POINTER(ForwardArgs))),
+    "ktk_queue_submit_sft_backward": (_STATUS, (_Handle, _Handle, POINTER(BackwardArgs))),
     "ktk_queue_sync": (_STATUS, (_Handle, c_int32)),
     "ktk_queue_submit_forward_with_cuda_stream": (
         _STATUS,
@@ -253,6 +337,54 @@ def _forward_args(
     return args
 
 
+def _address(name: str, value: int, dtype: int) -> int | None:
+    return _checks.optional_pointer(name, value, _checks.DTYPE_BYTES[dtype]) or None
+
+
+def _backward_args(
+    grad_output_ptr: int,
+    grad_output_dtype: int,
+    grad_input_ptr: int,
+    grad_input_dtype: int,
+    grad_expert_weights_ptr: int,
+    lora_dtype: int,
+    gate_a_ptr: int,
+    gate_b_ptr: int,
+    up_a_ptr: int,
+    up_b_ptr: int,
+    down_a_ptr: int,
+    down_b_ptr: int,
+    base_dtype: int,
+    gate_ptr: int,
+    up_ptr: int,
+    down_ptr: int,
+    accumulate: bool,
+) -> BackwardArgs:
+    args = BackwardArgs()
+    args.struct_size = ctypes.sizeof(args)
+    args.grad_output_dtype = _checks.dtype("grad_output_dtype", grad_output_dtype)
+    alignment = _checks.DTYPE_BYTES[args.grad_output_dtype]
+    args.grad_output = _checks.pointer("grad_output_ptr", grad_output_ptr, alignment)
+    args.grad_input_dtype = _checks.dtype("grad_input_dtype", grad_input_dtype)
+    args.grad_input = _address("grad_input_ptr", grad_input_ptr, args.grad_input_dtype)
+    args.grad_expert_weights = _pointer(
+        c_float, _checks.optional_pointer("grad_expert_weights_ptr", grad_expert_weights_ptr, 4)
+    )
+    args.lora_dtype = _checks.dtype("lora_dtype", lora_dtype)
+    args.gate_a = _address("gate_a_ptr", gate_a_ptr, args.lora_dtype)
+    args.gate_b = _address("gate_b_ptr", gate_b_ptr, args.lora_dtype)
+    args.up_a = _address("up_a_ptr", up_a_ptr, args.lora_dtype)
+    args.up_b = _address("up_b_ptr", up_b_ptr, args.lora_dtype)
+    args.down_a = _address("down_a_ptr", down_a_ptr, args.lora_dtype)
+    args.down_b = _address("down_b_ptr", down_b_ptr, args.lora_dtype)
+    args.base_dtype = _checks.dtype("base_dtype", base_dtype)
+    args.gate = _address("gate_ptr", gate_ptr, args.base_dtype)
+    args.up = _address("up_ptr", up_ptr, args.base_dtype)
+    args.down = _address("down_ptr", down_ptr, args.base_dtype)
+    args.accumulate = _checks.flag("accumulate", accumulate)
+    return args
+
+
 def version() -> str:
     return str(_lib.ktk_version().decode())
 
@@ -318,6 +450,7 @@ class _Native:
     """A handle of the C library: who may use it, and when it may go."""
 
     _kind = ""
+    _name = ""  # in the C library, where it is not the kind
     _handle: int | None = None
 
     def __init__(self) -> None:
@@ -358,7 +491,7 @@ class _Native:
             return
         while self._calls:
             time.sleep(0.0002)
-        status = getattr(_lib, f"ktk_{self._kind.lower()}_destroy")(handle)
+        status = getattr(_lib, f"ktk_{self._name or self._kind.lower()}_destroy")(handle)
         if status != _OK:
             self._handle = handle
         _check(status)
@@ -591,6 +724,188 @@ class Moe(_PoolMember):
         with self._open() as handle:
             _check(_lib.ktk_moe_forward(handle, byref(args)))
 
+    def unpack_expert(self, expert: int, gate_ptr: int = 0, up_ptr: int = 0, down_ptr: int = 0) -> None:
+        index = _checks.int32("expert", expert)
+        gate = _pointer(c_float, _checks.optional_pointer("gate_ptr", gate_ptr, 4))
+        up = _pointer(c_float, _checks.optional_pointer("up_ptr", up_ptr, 4))
+        down = _pointer(c_float, _checks.optional_pointer("down_ptr", down_ptr, 4))
+        with self._open() as handle:
+            _check(_lib.ktk_moe_unpack_expert(handle, index, gate, up, down))
+
+
+class _LayerMember(_Native):
+    """A handle that needs its layer, or the adapters of one, for as long as it lives."""
+
+    _owner: Any = None
+
+    def close(self) -> None:
+        self._destroy()
+        self._owner = None
+
+    def __del__(self) -> None:
+        try:
+            self._destroy()
+        except KtkError:
+            return
+
+
+class Sft(_LayerMember):
+    _kind = "Sft"
+
+    def __init__(
+        self,
+        moe: Moe,
+        *,
+        lora_rank: int = 0,
+        lora_scale: SupportsFloat = 1.0,
+        lora_dropout: SupportsFloat = 0.0,
+        skip_lora: bool = False,
+    ) -> None:
+        self.close()
+        super().__init__()
+        _checks.instance("moe", moe, Moe)
+        config = SftConfig()
+        config.struct_size = ctypes.sizeof(config)
+        config.lora_rank = _checks.int32("lora_rank", lora_rank)
+        config.lora_scale = _checks.number("lora_scale", lora_scale)
+        config.lora_dropout = _checks.number("lora_dropout", lora_dropout)
+        config.skip_lora = _checks.flag("skip_lora", skip_lora)
+        handle = c_void_p()
+        with moe._open() as moe_handle:
+            _check(_lib.ktk_sft_create(byref(config), moe_handle, byref(handle)))
+        self._adopt(handle)
+        self._owner = moe
+
+    def set_lora(
+        self,
+        dtype: int,
+        gate_a_ptr: int,
+        gate_b_ptr: int,
+        up_a_ptr: int,
+        up_b_ptr: int,
+        down_a_ptr: int,
+        down_b_ptr: int,
+    ) -> None:
+        tensors = LoraTensors()
+        tensors.struct_size = ctypes.sizeof(tensors)
+        tensors.dtype = _checks.dtype("dtype", dtype)
+        alignment = _checks.DTYPE_BYTES[tensors.dtype]
+        tensors.gate_a = _checks.pointer("gate_a_ptr", gate_a_ptr, alignment)
+        tensors.gate_b = _checks.pointer("gate_b_ptr", gate_b_ptr, alignment)
+        tensors.up_a = _checks.pointer("up_a_ptr", up_a_ptr, alignment)
+        tensors.up_b = _checks.pointer("up_b_ptr", up_b_ptr, alignment)
+        tensors.down_a = _checks.pointer("down_a_ptr", down_a_ptr, alignment)
+        tensors.down_b = _checks.pointer("down_b_ptr", down_b_ptr, alignment)
+        with self._open() as handle:
+            _check(_lib.ktk_sft_set_lora(handle, byref(tensors)))
+
+
+class SftContext(_LayerMember):
+    _kind = "SftContext"
+    _name = "sft_context"
+
+    def __init__(self, sft: Sft, policy: int, dropout: bool = False, seed: int = 0) -> None:
+        self.close()
+        super().__init__()
+        _checks.instance("sft", sft, Sft)
+        config = SftContextConfig()
+        config.struct_size = ctypes.sizeof(config)
+        config.policy = _checks.int32("policy", policy)
+        config.dropout = _checks.flag("dropout", dropout)
+        config.seed = _checks.int64("seed", seed)
+        handle = c_void_p()
+        with sft._open() as sft_handle:
+            _check(_lib.ktk_sft_context_create(sft_handle, byref(config), byref(handle)))
+        self._adopt(handle)
+        self._owner = sft
+
+    def _size(self) -> tuple[int, int, int]:
+        tokens, activations, tables = c_int32(), c_size_t(), c_size_t()
+        with self._open() as handle:
+            _check(_lib.ktk_sft_context_size(handle, byref(tokens), byref(activations), byref(tables)))
+        return tokens.value, activations.value, tables.value
+
+    @property
+    def num_tokens(self) -> int:
+        return self._size()[0]
+
+    @property
+    def activation_bytes(self) -> int:
+        return self._size()[1]
+
+    @property
+    def table_bytes(self) -> int:
+        return self._size()[2]
+
+    def forward(
+        self,
+        num_tokens_ptr: int,
+        top_k: int,
+        expert_ids_ptr: int,
+        expert_weights_ptr: int,
+        input_ptr: int,
+        input_dtype: int,
+        output_ptr: int,
+        output_dtype: int,
+        incremental: bool = False,
+    ) -> None:
+        args = _forward_args(
+            num_tokens_ptr,
+            top_k,
+            expert_ids_ptr,
+            expert_weights_ptr,
+            input_ptr,
+            input_dtype,
+            output_ptr,
+            output_dtype,
+            incremental,
+        )
+        with self._open() as handle:
+            _check(_lib.ktk_sft_forward(handle, byref(args)))
+
+    def backward(
+        self,
+        grad_output_ptr: int,
+        grad_output_dtype: int,
+        grad_input_ptr: int,
+        grad_input_dtype: int,
+        grad_expert_weights_ptr: int,
+        *,
+        lora_dtype: int = 0,
+        gate_a_ptr: int = 0,
+        gate_b_ptr: int = 0,
+        up_a_ptr: int = 0,
+        up_b_ptr: int = 0,
+        down_a_ptr: int = 0,
+        down_b_ptr: int = 0,
+        base_dtype: int = 0,
+        gate_ptr: int = 0,
+        up_ptr: int = 0,
+        down_ptr: int = 0,
+        accumulate: bool = False,
+    ) -> None:
+        args = _backward_args(
+            grad_output_ptr,
+            grad_output_dtype,
+            grad_input_ptr,
+            grad_input_dtype,
+            grad_expert_weights_ptr,
+            lora_dtype,
+            gate_a_ptr,
+            gate_b_ptr,
+            up_a_ptr,
+            up_b_ptr,
+            down_a_ptr,
+            down_b_ptr,
+            base_dtype,
+            gate_ptr,
+            up_ptr,
+            down_ptr,
+            accumulate,
+        )
+        with self._open() as handle:
+            _check(_lib.ktk_sft_backward(handle, byref(args)))
+
 
 def _run_task_function(context: int) -> int:
     try:
@@ -723,6 +1038,79 @@ class Queue(_PoolMember):
         )
         with self._open() as handle, moe._open() as layer:
             _check(_lib.ktk_queue_submit_forward_with_cuda_stream(handle, address, layer, byref(args)))
+
+    def submit_sft_forward(
+        self,
+        context: SftContext,
+        num_tokens_ptr: int,
+        top_k: int,
+        expert_ids_ptr: int,
+        expert_weights_ptr: int,
+        input_ptr: int,
+        input_dtype: int,
+        output_ptr: int,
+        output_dtype: int,
+        incremental: bool = False,
+    ) -> None:
+        _checks.instance("context", context, SftContext)
+        args = _forward_args(
+            num_tokens_ptr,
+            top_k,
+            expert_ids_ptr,
+            expert_weights_ptr,
+            input_ptr,
+            input_dtype,
+            output_ptr,
+            output_dtype,
+            incremental,
+        )
+        with self._open() as handle, context._open() as context_handle:
+            _check(_lib.ktk_queue_submit_sft_forward(handle, context_handle, byref(args)))
+
+    def submit_sft_backward(
+        self,
+        context: SftContext,
+        grad_output_ptr: int,
+        grad_output_dtype: int,
+        grad_input_ptr: int,
+        grad_input_dtype: int,
+        grad_expert_weights_ptr: int,
+        *,
+        lora_dtype: int = 0,
+        gate_a_ptr: int = 0,
+        gate_b_ptr: int = 0,
+        up_a_ptr: int = 0,
+        up_b_ptr: int = 0,
+        down_a_ptr: int = 0,
+        down_b_ptr: int = 0,
+        base_dtype: int = 0,
+        gate_ptr: int = 0,
+        up_ptr: int = 0,
+        down_ptr: int = 0,
+        accumulate: bool = False,
+    ) -> None:
+        _checks.instance("context", context, SftContext)
+        args = _backward_args(
+            grad_output_ptr,
+            grad_output_dtype,
+            grad_input_ptr,
+            grad_input_dtype,
+            grad_expert_weights_ptr,
+            lora_dtype,
+            gate_a_ptr,
+            gate_b_ptr,
+            up_a_ptr,
+            up_b_ptr,
+            down_a_ptr,
+            down_b_ptr,
+            base_dtype,
+            gate_ptr,
+            up_ptr,
+            down_ptr,
+            accumulate,
+        )
+        with self._open() as handle, context._open() as context_handle:
+            _check(_lib.ktk_queue_submit_sft_backward(handle, context_handle, byref(args)))
 
     def sync(self, allow_n_pending: int = 0) -> None:
         allowed = _checks.int32("allow_n_pending", allow_n_pending)

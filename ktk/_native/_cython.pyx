@@ -34,6 +34,9 @@ PART_DOWN_BIAS = <int>c.KTK_PART_DOWN_BIAS
 PROBE_PRODUCT = <int>c.KTK_PROBE_PRODUCT
 PROBE_READ = <int>c.KTK_PROBE_READ
 PROBE_COPY = <int>c.KTK_PROBE_COPY
+POLICY_NONE = <int>c.KTK_POLICY_NONE
+POLICY_SAVE = <int>c.KTK_POLICY_SAVE
+POLICY_RECOMPUTE = <int>c.KTK_POLICY_RECOMPUTE
 
 
 cdef int _check(c.ktk_status status) except -1:
@@ -91,6 +94,37 @@ cdef int _forward_args(
     args.output_dtype = _dtype("output_dtype", output_dtype)
     args.output = <void *>_pointer("output_ptr", output_ptr, _dtype_bytes(args.output_dtype))
     args.incremental = _checks.flag("incremental", incremental)
+    return 0
+
+
+cdef void *_address(str name, object value, int32_t dtype) except? NULL:
+    return <void *>_optional_pointer(name, value, _dtype_bytes(dtype))
+
+
+cdef int _backward_args(
+    c.ktk_backward_args *args, object grad_output_ptr, object grad_output_dtype, object grad_input_ptr,
+    object grad_input_dtype, object grad_expert_weights_ptr, object lora_dtype, object gate_a_ptr, object gate_b_ptr,
+    object up_a_ptr, object up_b_ptr, object down_a_ptr, object down_b_ptr, object base_dtype, object gate_ptr,
+    object up_ptr, object down_ptr, object accumulate,
+) except -1:
+    args.struct_size = sizeof(c.ktk_backward_args)
+    args.grad_output_dtype = _dtype("grad_output_dtype", grad_output_dtype)
+    args.grad_output = <const void *>_pointer("grad_output_ptr", grad_output_ptr, _dtype_bytes(args.grad_output_dtype))
+    args.grad_input_dtype = _dtype("grad_input_dtype", grad_input_dtype)
+    args.grad_input = _address("grad_input_ptr", grad_input_ptr, args.grad_input_dtype)
+    args.grad_expert_weights = <float *>_optional_pointer("grad_expert_weights_ptr", grad_expert_weights_ptr, 4)
+    args.lora_dtype = _dtype("lora_dtype", lora_dtype)
+    args.gate_a = _address("gate_a_ptr", gate_a_ptr, args.lora_dtype)
+    args.gate_b = _address("gate_b_ptr", gate_b_ptr, args.lora_dtype)
+    args.up_a = _address("up_a_ptr", up_a_ptr, args.lora_dtype)
+    args.up_b = _address("up_b_ptr", up_b_ptr, args.lora_dtype)
+    args.down_a = _address("down_a_ptr", down_a_ptr, args.lora_dtype)
+    args.down_b = _address("down_b_ptr", down_b_ptr, args.lora_dtype)
+    args.base_dtype = _dtype("base_dtype", base_dtype)
+    args.gate = _address("gate_ptr", gate_ptr, args.base_dtype)
+    args.up = _address("up_ptr", up_ptr, args.base_dtype)
+    args.down = _address("down_ptr", down_ptr, args.base_dtype)
+    args.accumulate = _checks.flag("accumulate", accumulate)
     return 0
 
 
@@ -440,6 +474,22 @@ cdef class Moe:
         finally:
             self.calls -= 1
 
+    def unpack_expert(self, expert, gate_ptr=0, up_ptr=0, down_ptr=0):
+        cdef c.ktk_moe *handle
+        cdef c.ktk_status status
+        cdef int32_t index = _int32("expert", expert)
+        cdef float *gate = <float *>_optional_pointer("gate_ptr", gate_ptr, 4)
+        cdef float *up = <float *>_optional_pointer("up_ptr", up_ptr, 4)
+        cdef float *down = <float *>_optional_pointer("down_ptr", down_ptr, 4)
+        handle = self.open()
+        self.calls += 1
+        try:
+            with nogil:
+                status = c.ktk_moe_unpack_expert(handle, index, gate, up, down)
+            _check(status)
+        finally:
+            self.calls -= 1
+
     def close(self):
         cdef c.ktk_moe *handle = self.handle
         cdef c.ktk_status status
@@ -455,6 +505,238 @@ cdef class Moe:
             self.handle = handle
         _check(status)
         self.pool = None
+
+    def __enter__(self):
+        self.open()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.close()
+
+
+@cython.no_gc_clear
+cdef class Sft:
+    cdef c.ktk_sft *handle
+    cdef Moe moe
+    cdef int calls
+    cdef object __weakref__
+
+    def __init__(self, moe, *, lora_rank=0, lora_scale=1.0, lora_dropout=0.0, skip_lora=False):
+        cdef c.ktk_sft_config config
+        cdef c.ktk_sft *handle = NULL
+        cdef c.ktk_status status
+        cdef Moe owner
+        cdef c.ktk_moe *owner_handle
+        self.close()
+        _checks.instance("moe", moe, Moe)
+        owner = moe
+        config.struct_size = sizeof(config)
+        config.lora_rank = _int32("lora_rank", lora_rank)
+        config.lora_scale = _checks.number("lora_scale", lora_scale)
+        config.lora_dropout = _checks.number("lora_dropout", lora_dropout)
+        config.skip_lora = _checks.flag("skip_lora", skip_lora)
+        owner_handle = owner.open()
+        owner.calls += 1
+        try:
+            with nogil:
+                status = c.ktk_sft_create(&config, owner_handle, &handle)
+            _check(status)
+        finally:
+            owner.calls -= 1
+        self.handle = handle
+        self.moe = owner
+
+    def __dealloc__(self):
+        cdef c.ktk_sft *handle = self.handle
+        if handle != NULL:
+            with nogil:
+                c.ktk_sft_destroy(handle)
+
+    cdef c.ktk_sft *open(self) except NULL:
+        if self.handle == NULL:
+            raise _checks.closed("Sft")
+        return self.handle
+
+    @property
+    def closed(self):
+        return self.handle == NULL
+
+    def set_lora(self, dtype, gate_a_ptr, gate_b_ptr, up_a_ptr, up_b_ptr, down_a_ptr, down_b_ptr):
+        cdef c.ktk_sft *handle
+        cdef c.ktk_lora_tensors tensors
+        cdef c.ktk_status status
+        cdef unsigned int alignment
+        tensors.struct_size = sizeof(tensors)
+        tensors.dtype = _dtype("dtype", dtype)
+        alignment = _dtype_bytes(tensors.dtype)
+        tensors.gate_a = <const void *>_pointer("gate_a_ptr", gate_a_ptr, alignment)
+        tensors.gate_b = <const void *>_pointer("gate_b_ptr", gate_b_ptr, alignment)
+        tensors.up_a = <const void *>_pointer("up_a_ptr", up_a_ptr, alignment)
+        tensors.up_b = <const void *>_pointer("up_b_ptr", up_b_ptr, alignment)
+        tensors.down_a = <const void *>_pointer("down_a_ptr", down_a_ptr, alignment)
+        tensors.down_b = <const void *>_pointer("down_b_ptr", down_b_ptr, alignment)
+        handle = self.open()
+        self.calls += 1
+        try:
+            with nogil:
+                status = c.ktk_sft_set_lora(handle, &tensors)
+            _check(status)
+        finally:
+            self.calls -= 1
+
+    def close(self):
+        cdef c.ktk_sft *handle = self.handle
+        cdef c.ktk_status status
+        if handle == NULL:
+            return
+        self.handle = NULL
+        while self.calls:
+            with nogil:
+                usleep(200)
+        with nogil:
+            status = c.ktk_sft_destroy(handle)
+        if status != c.KTK_OK:
+            self.handle = handle
+        _check(status)
+        self.moe = None
+
+    def __enter__(self):
+        self.open()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.close()
+
+
+@cython.no_gc_clear
+cdef class SftContext:
+    cdef c.ktk_sft_context *handle
+    cdef Sft sft
+    cdef int calls
+    cdef object __weakref__
+
+    def __init__(self, sft, policy, dropout=False, seed=0):
+        cdef c.ktk_sft_context_config config
+        cdef c.ktk_sft_context *handle = NULL
+        cdef c.ktk_status status
+        cdef Sft owner
+        cdef c.ktk_sft *owner_handle
+        self.close()
+        _checks.instance("sft", sft, Sft)
+        owner = sft
+        config.struct_size = sizeof(config)
+        config.policy = _int32("policy", policy)
+        config.dropout = _checks.flag("dropout", dropout)
+        config.seed = _checks.int64("seed", seed)
+        owner_handle = owner.open()
+        owner.calls += 1
+        try:
+            with nogil:
+                status = c.ktk_sft_context_create(owner_handle, &config, &handle)
+            _check(status)
+        finally:
+            owner.calls -= 1
+        self.handle = handle
+        self.sft = owner
+
+    def __dealloc__(self):
+        cdef c.ktk_sft_context *handle = self.handle
+        if handle != NULL:
+            with nogil:
+                c.ktk_sft_context_destroy(handle)
+
+    cdef c.ktk_sft_context *open(self) except NULL:
+        if self.handle == NULL:
+            raise _checks.closed("SftContext")
+        return self.handle
+
+    @property
+    def closed(self):
+        return self.handle == NULL
+
+    cdef tuple size(self):
+        cdef c.ktk_sft_context *handle = self.open()
+        cdef c.ktk_status status
+        cdef int32_t tokens = 0
+        cdef size_t activations = 0, tables = 0
+        self.calls += 1
+        try:
+            with nogil:
+                status = c.ktk_sft_context_size(handle, &tokens, &activations, &tables)
+            _check(status)
+        finally:
+            self.calls -= 1
+        return tokens, activations, tables
+
+    @property
+    def num_tokens(self):
+        return self.size()[0]
+
+    @property
+    def activation_bytes(self):
+        return self.size()[1]
+
+    @property
+    def table_bytes(self):
+        return self.size()[2]
+
+    def forward(
+        self, num_tokens_ptr, top_k, expert_ids_ptr, expert_weights_ptr, input_ptr, input_dtype, output_ptr,
+        output_dtype, incremental=False,
+    ):
+        cdef c.ktk_sft_context *handle
+        cdef c.ktk_forward_args args
+        cdef c.ktk_status status
+        _forward_args(
+            &args, num_tokens_ptr, top_k, expert_ids_ptr, expert_weights_ptr, input_ptr, input_dtype, output_ptr,
+            output_dtype, incremental,
+        )
+        handle = self.open()
+        self.calls += 1
+        try:
+            with nogil:
+                status = c.ktk_sft_forward(handle, &args)
+            _check(status)
+        finally:
+            self.calls -= 1
+
+    def backward(
+        self, grad_output_ptr, grad_output_dtype, grad_input_ptr, grad_input_dtype, grad_expert_weights_ptr, *,
+        lora_dtype=0, gate_a_ptr=0, gate_b_ptr=0, up_a_ptr=0, up_b_ptr=0, down_a_ptr=0, down_b_ptr=0,
+        base_dtype=0, gate_ptr=0, up_ptr=0, down_ptr=0, accumulate=False,
+    ):
+        cdef c.ktk_sft_context *handle
+        cdef c.ktk_backward_args args
+        cdef c.ktk_status status
+        _backward_args(
+            &args, grad_output_ptr, grad_output_dtype, grad_input_ptr, grad_input_dtype, grad_expert_weights_ptr,
+            lora_dtype, gate_a_ptr, gate_b_ptr, up_a_ptr, up_b_ptr, down_a_ptr, down_b_ptr, base_dtype, gate_ptr, up_ptr,
+            down_ptr, accumulate,
+        )
+        handle = self.open()
+        self.calls += 1
+        try:
+            with nogil:
+                status = c.ktk_sft_backward(handle, &args)
+            _check(status)
+        finally:
+            self.calls -= 1
+
+    def close(self):
+        cdef c.ktk_sft_context *handle = self.handle
+        cdef c.ktk_status status
+        if handle == NULL:
+            return
+        self.handle = NULL
+        while self.calls:
+            with nogil:
+                usleep(200)
+        with nogil:
+            status = c.ktk_sft_context_destroy(handle)
+        if status != c.KTK_OK:
+            self.handle = handle
+        _check(status)
+        self.sft = None
 
     def __enter__(self):
         self.open()
@@ -631,6 +913,62 @@ cdef class Queue:
             _check(status)
         finally:
             layer.calls -= 1
+            self.calls -= 1
+
+    def submit_sft_forward(
+        self, context, num_tokens_ptr, top_k, expert_ids_ptr, expert_weights_ptr, input_ptr, input_dtype, output_ptr,
+        output_dtype, incremental=False,
+    ):
+        cdef c.ktk_queue *handle
+        cdef c.ktk_forward_args args
+        cdef c.ktk_status status
+        cdef SftContext saved
+        cdef c.ktk_sft_context *saved_handle
+        _checks.instance("context", context, SftContext)
+        saved = context
+        _forward_args(
+            &args, num_tokens_ptr, top_k, expert_ids_ptr, expert_weights_ptr, input_ptr, input_dtype, output_ptr,
+            output_dtype, incremental,
+        )
+        handle = self.open()
+        saved_handle = saved.open()
+        self.calls += 1
+        saved.calls += 1
+        try:
+            with nogil:
+                status = c.ktk_queue_submit_sft_forward(handle, saved_handle, &args)
+            _check(status)
+        finally:
+            saved.calls -= 1
+            self.calls -= 1
+
+    def submit_sft_backward(
+        self, context, grad_output_ptr, grad_output_dtype, grad_input_ptr, grad_input_dtype, grad_expert_weights_ptr, *,
+        lora_dtype=0, gate_a_ptr=0, gate_b_ptr=0, up_a_ptr=0, up_b_ptr=0, down_a_ptr=0, down_b_ptr=0,
+        base_dtype=0, gate_ptr=0, up_ptr=0, down_ptr=0, accumulate=False,
+    ):
+        cdef c.ktk_queue *handle
+        cdef c.ktk_backward_args args
+        cdef c.ktk_status status
+        cdef SftContext saved
+        cdef c.ktk_sft_context *saved_handle
+        _checks.instance("context", context, SftContext)
+        saved = context
+        _backward_args(
+            &args, grad_output_ptr, grad_output_dtype, grad_input_ptr, grad_input_dtype, grad_expert_weights_ptr,
+            lora_dtype, gate_a_ptr, gate_b_ptr, up_a_ptr, up_b_ptr, down_a_ptr, down_b_ptr, base_dtype, gate_ptr, up_ptr,
+            down_ptr, accumulate,
+        )
+        handle = self.open()
+        saved_handle = saved.open()
+        self.calls += 1
+        saved.calls += 1
+        try:
+            with nogil:
+                status = c.ktk_queue_submit_sft_backward(handle, saved_handle, &args)
+            _check(status)
+        finally:
+            saved.calls -= 1
             self.calls -= 1
 
     def sync(self, allow_n_pending=0):

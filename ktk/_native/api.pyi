@@ -34,6 +34,9 @@ PART_DOWN_BIAS: Final = 8
 PROBE_PRODUCT: Final = 0
 PROBE_READ: Final = 1
 PROBE_COPY: Final = 2
+POLICY_NONE: Final = 0
+POLICY_SAVE: Final = 1
+POLICY_RECOMPUTE: Final = 2
 
 def version() -> str:
     """Version of the library."""
@@ -195,8 +198,132 @@ class Moe:
 
         `incremental` adds to the output. Raises `KtkStateError` if a routed expert is not loaded.
         """
+    def unpack_expert(self, expert: int, gate_ptr: int = 0, up_ptr: int = 0, down_ptr: int = 0) -> None:
+        """Writes the dequantised weights of one expert: float32 [I, H], [I, H], [H, I]; 0: not wanted."""
     def close(self) -> None:
         """Waits until nothing of the layer is pending, then frees it."""
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+class Sft:
+    """Adapters for a layer, and its way back; it keeps the layer alive.
+
+    Parameters
+    ----------
+    moe : Moe
+    lora_rank : int
+        r, 0 to 256; 0: no adapters.
+    lora_scale : float
+        Factor of the adapters' products, alpha / r.
+    lora_dropout : float
+        Share of elements of the adapters' inputs that is dropped, at least 0 and below 1.
+    skip_lora : bool
+        Adapters are neither added nor differentiated.
+    """
+
+    def __init__(
+        self,
+        moe: Moe,
+        *,
+        lora_rank: int = 0,
+        lora_scale: SupportsFloat = 1.0,
+        lora_dropout: SupportsFloat = 0.0,
+        skip_lora: bool = False,
+    ) -> None: ...
+    @property
+    def closed(self) -> bool: ...
+    def set_lora(
+        self,
+        dtype: int,
+        gate_a_ptr: int,
+        gate_b_ptr: int,
+        up_a_ptr: int,
+        up_b_ptr: int,
+        down_a_ptr: int,
+        down_b_ptr: int,
+    ) -> None:
+        """Adapters, float32 or bfloat16, kept by the caller: A [E, r, H], [E, r, H], [E, r, I], B [E, I, r],
+        [E, I, r], [E, H, r]. Read in place by each forward and backward.
+        """
+    def close(self) -> None:
+        """Its contexts can only be closed from then on."""
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+class SftContext:
+    """One forward and what its backward needs. Any number may be open, in any order.
+
+    Parameters
+    ----------
+    sft : Sft
+    policy : int
+        POLICY_NONE: no backward follows; POLICY_SAVE: input, gate and up are kept; POLICY_RECOMPUTE: the
+        forward runs again in the backward, and its input stays unchanged until then.
+    dropout : bool
+        Whether elements are dropped, by `seed`.
+    seed : int
+        Any int64.
+    """
+
+    def __init__(self, sft: Sft, policy: int, dropout: bool = False, seed: int = 0) -> None: ...
+    @property
+    def closed(self) -> bool: ...
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the forward; `KtkStateError` before it."""
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of input, gate and up that are kept; 0 after the backward."""
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of routing tables that are kept; 0 after the backward."""
+    def forward(
+        self,
+        num_tokens_ptr: int,
+        top_k: int,
+        expert_ids_ptr: int,
+        expert_weights_ptr: int,
+        input_ptr: int,
+        input_dtype: int,
+        output_ptr: int,
+        output_dtype: int,
+        incremental: bool = False,
+    ) -> None:
+        """As `Moe.forward`, with the adapters; once for each context. Input float32 or bfloat16."""
+    def backward(
+        self,
+        grad_output_ptr: int,
+        grad_output_dtype: int,
+        grad_input_ptr: int,
+        grad_input_dtype: int,
+        grad_expert_weights_ptr: int,
+        *,
+        lora_dtype: int = 0,
+        gate_a_ptr: int = 0,
+        gate_b_ptr: int = 0,
+        up_a_ptr: int = 0,
+        up_b_ptr: int = 0,
+        down_a_ptr: int = 0,
+        down_b_ptr: int = 0,
+        base_dtype: int = 0,
+        gate_ptr: int = 0,
+        up_ptr: int = 0,
+        down_ptr: int = 0,
+        accumulate: bool = False,
+    ) -> None:
+        """Gradients of a sum whose gradient by the output [B, H] is given; once for each context.
+
+        Pointers of 0 are not computed: input [B, H], weights float32 [B, top_k], adapters in the shapes of
+        `Sft.set_lora`, base weights [E, I, H], [E, I, H], [E, H, I] (FORMAT_BF16 only). `accumulate` adds to
+        those of adapters and base weights. Raises `KtkStateError` if the policy or the context's past do not
+        allow it.
+        """
+    def close(self) -> None:
+        """Waits for its forward or backward, then frees what it keeps."""
     def __enter__(self) -> Self: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -244,6 +371,45 @@ class Queue:
         incremental: bool = False,
     ) -> None:
         """As `submit_forward`, when `stream` gets there; capturable in a CUDA graph."""
+    def submit_sft_forward(
+        self,
+        context: SftContext,
+        num_tokens_ptr: int,
+        top_k: int,
+        expert_ids_ptr: int,
+        expert_weights_ptr: int,
+        input_ptr: int,
+        input_dtype: int,
+        output_ptr: int,
+        output_dtype: int,
+        incremental: bool = False,
+    ) -> None:
+        """Runs `context.forward` later. A failure fills the output with NaN and is raised by `sync`."""
+    def submit_sft_backward(
+        self,
+        context: SftContext,
+        grad_output_ptr: int,
+        grad_output_dtype: int,
+        grad_input_ptr: int,
+        grad_input_dtype: int,
+        grad_expert_weights_ptr: int,
+        *,
+        lora_dtype: int = 0,
+        gate_a_ptr: int = 0,
+        gate_b_ptr: int = 0,
+        up_a_ptr: int = 0,
+        up_b_ptr: int = 0,
+        down_a_ptr: int = 0,
+        down_b_ptr: int = 0,
+        base_dtype: int = 0,
+        gate_ptr: int = 0,
+        up_ptr: int = 0,
+        down_ptr: int = 0,
+        accumulate: bool = False,
+    ) -> None:
+        """Runs `context.backward` later. A failure fills the gradients of input and weights with NaN and is
+        raised by `sync`.
+        """
     def sync(self, allow_n_pending: int = 0) -> None:
         """Waits until at most so many tasks are left, and raises the first failure since the last `sync`.
 

@@ -36,10 +36,21 @@ cdef extern from "ktk.h" nogil:
         KTK_PART_UP_BIAS
         KTK_PART_DOWN_BIAS
 
+    ctypedef enum ktk_policy:
+        KTK_POLICY_NONE
+        KTK_POLICY_SAVE
+        KTK_POLICY_RECOMPUTE
+
     ctypedef struct ktk_pool:
         pass
 
     ctypedef struct ktk_moe:
+        pass
+
+    ctypedef struct ktk_sft:
+        pass
+
+    ctypedef struct ktk_sft_context:
         pass
 
     ctypedef struct ktk_queue:
@@ -112,6 +123,49 @@ cdef extern from "ktk.h" nogil:
         const char *isa
         size_t bytes
 
+    ctypedef struct ktk_sft_config:
+        uint32_t struct_size
+        int32_t lora_rank
+        float lora_scale
+        float lora_dropout
+        int32_t skip_lora
+
+    ctypedef struct ktk_lora_tensors:
+        uint32_t struct_size
+        int32_t dtype
+        const void *gate_a
+        const void *gate_b
+        const void *up_a
+        const void *up_b
+        const void *down_a
+        const void *down_b
+
+    ctypedef struct ktk_sft_context_config:
+        uint32_t struct_size
+        int32_t policy
+        int32_t dropout
+        int64_t seed
+
+    ctypedef struct ktk_backward_args:
+        uint32_t struct_size
+        int32_t grad_output_dtype
+        const void *grad_output
+        void *grad_input
+        int32_t grad_input_dtype
+        int32_t lora_dtype
+        float *grad_expert_weights
+        void *gate_a
+        void *gate_b
+        void *up_a
+        void *up_b
+        void *down_a
+        void *down_b
+        int32_t base_dtype
+        int32_t accumulate
+        void *gate
+        void *up
+        void *down
+
     const char *ktk_last_error()
     const char *ktk_version()
     int32_t ktk_abi_version()
@@ -140,11 +194,24 @@ cdef extern from "ktk.h" nogil:
     ktk_status ktk_moe_weight_bytes(const ktk_moe *moe, size_t *bytes)
     ktk_status ktk_moe_isa(const ktk_moe *moe, const char **name)
     ktk_status ktk_moe_forward(ktk_moe *moe, const ktk_forward_args *args)
+    ktk_status ktk_moe_unpack_expert(const ktk_moe *moe, int32_t expert, float *gate, float *up, float *down)
+
+    ktk_status ktk_sft_create(const ktk_sft_config *config, ktk_moe *moe, ktk_sft **sft)
+    ktk_status ktk_sft_destroy(ktk_sft *sft)
+    ktk_status ktk_sft_set_lora(ktk_sft *sft, const ktk_lora_tensors *tensors)
+    ktk_status ktk_sft_context_create(ktk_sft *sft, const ktk_sft_context_config *config, ktk_sft_context **context)
+    ktk_status ktk_sft_context_destroy(ktk_sft_context *context)
+    ktk_status ktk_sft_context_size(const ktk_sft_context *context, int32_t *num_tokens, size_t *activation_bytes,
+                                    size_t *table_bytes)
+    ktk_status ktk_sft_forward(ktk_sft_context *context, const ktk_forward_args *args)
+    ktk_status ktk_sft_backward(ktk_sft_context *context, const ktk_backward_args *args)
 
     ktk_status ktk_queue_create(ktk_pool *pool, ktk_queue **queue)
     ktk_status ktk_queue_destroy(ktk_queue *queue)
     ktk_status ktk_queue_submit(ktk_queue *queue, ktk_task_fn function, void *context)
     ktk_status ktk_queue_submit_forward(ktk_queue *queue, ktk_moe *moe, const ktk_forward_args *args)
+    ktk_status ktk_queue_submit_sft_forward(ktk_queue *queue, ktk_sft_context *context, const ktk_forward_args *args)
+    ktk_status ktk_queue_submit_sft_backward(ktk_queue *queue, ktk_sft_context *context, const ktk_backward_args *args)
     ktk_status ktk_queue_sync(ktk_queue *queue, int32_t allow_n_pending)
     ktk_status ktk_queue_submit_forward_with_cuda_stream(ktk_queue *queue, uintptr_t stream, ktk_moe *moe,
                                                          const ktk_forward_args *args)

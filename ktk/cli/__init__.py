@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from ktk.cli import bench, demo, run, trace
+from ktk.cli import bench, demo, run, sft, trace
 from ktk.errors import KtkError
 
 __all__ = ["app", "main"]
@@ -26,6 +26,7 @@ app.command("run")(run.run)
 app.command("demo")(demo.demo)
 app.command("trace")(trace.trace)
 app.command("bench")(bench.bench)
+app.command("sft")(sft.sft)
 
 
 @app.command()

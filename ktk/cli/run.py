@@ -61,6 +61,9 @@ def run(
             help="Packed file, or a folder: layers found there are loaded, others are packed and kept there.",
         ),
     ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", help="Folder of a LoRA adapter, as ktk sft or PEFT writes it.")
+    ] = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Of everything but the experts.")] = Dtype.auto,
     json: shared.Json = False,
 ) -> None:
@@ -75,6 +78,11 @@ def run(
     began = time.perf_counter()
     with shared.layer_progress("packing", not json) as progress:
         model = load_model(model_dir, options, dtype=dtype.value, packed=packed, progress=progress)
+    layers = list(layers_of(model).values())
+    if adapter is not None:
+        from ktk.sft.inference import with_adapter
+
+        model = with_adapter(model, adapter)
     load_s = time.perf_counter() - began
     tokenizer = load_tokenizer(model_dir)
     ids, mask = encode_batch([tokenizer.encode(text) for text in prompt])
@@ -87,10 +95,10 @@ def run(
         model, ids, mask, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, on_step=stream
     )
     texts = [tokenizer.decode(_without_eos(row.tolist(), model)) for row in result.sequences]
-    layers = list(layers_of(model).values())
     report: dict[str, Any] = {
         "model": str(model_dir),
-        "architecture": type(model).__name__,
+        "adapter": None if adapter is None else str(adapter),
+        "architecture": model.config.architectures[0] if adapter else type(model).__name__,
         "format": format.value,
         "group_size": layers[0].config.groups,
         "isa": layers[0].isa,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["held_out_text", "model_dir"]
+__all__ = ["fine_tuning_text", "held_out_text", "model_dir"]
 
 
 def model_dir() -> Path:
@@ -27,3 +27,9 @@ def model_dir() -> Path:
 def held_out_text() -> bytes:
     """Return 32 KiB of Shakespeare that the model was not trained on, as UTF-8."""
     return (model_dir() / "heldout.txt").read_bytes()
+
+
+def fine_tuning_text() -> Path:
+    """Return a file with the beginning of "Alice's Adventures in Wonderland" (Lewis Carroll, 1865), for
+    `ktk sft`."""
+    return Path(__file__).parent / "fine_tuning.txt"

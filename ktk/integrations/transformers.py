@@ -76,6 +76,8 @@ class Options:
     threads : int, WorkerPoolConfig or CPUInfer, optional
         Worker threads of the model's layers, which share one pool. Default: one for each physical core that
         this process may use.
+    max_tokens : int, default 4096
+        Most tokens in one native forward; sizes scratch memory.
     """
 
     format: str = "bf16"
@@ -84,6 +86,7 @@ class Options:
     strict: bool = False
     isa: str | None = None
     threads: int | WorkerPoolConfig | CPUInfer | None = None
+    max_tokens: int = 4096
 
 
 @dataclass(frozen=True)
@@ -225,6 +228,7 @@ def _layer_config(name: str, module: Any, sizes: tuple[int, int, int], options: 
         asymmetric=options.asymmetric,
         swiglu_limit=activation.limit,
         swiglu_alpha=activation.alpha,
+        max_tokens=options.max_tokens,
         strict=options.strict,
         isa=options.isa,
         layer_idx=_layer_number(name) or 0,
@@ -385,6 +389,7 @@ def load_model(
     dtype: torch.dtype | str = "auto",
     packed: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    load_experts: bool = True,
     **keywords: Any,
 ) -> Any:
     """Load a checkpoint with its experts in ktk.
@@ -407,6 +412,8 @@ def load_model(
         written there.
     progress : callable, optional
         Called with the number of layers done and of all layers, after each.
+    load_experts : bool, default True
+        False leaves the experts out: for a process that others run them for.
     **keywords
         Passed to ``from_pretrained``, as ``attn_implementation``.
 
@@ -465,6 +472,8 @@ def load_model(
             local_files_only=True,
             **keywords,
         )
+        if not load_experts:
+            return model.eval()
         cpu = _cpu_infer(options.threads)
         for done, found in enumerate(taken, start=1):
             _install(found.module, _load_layer(found.config, root, packed, cpu))

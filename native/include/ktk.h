@@ -191,6 +191,95 @@ KTK_API ktk_status ktk_moe_isa(const ktk_moe *moe, const char **name);
  * are routed to, not masked and not loaded: KTK_ERR_STATE. */
 KTK_API ktk_status ktk_moe_forward(ktk_moe *moe, const ktk_forward_args *args);
 
+/* The weights that one packed expert stands for, dequantised to fp32, row-major: gate and up [I, H], down
+ * [H, I]; each may be NULL. */
+KTK_API ktk_status ktk_moe_unpack_expert(const ktk_moe *moe, int32_t expert, float *gate, float *up,
+                                         float *down);
+
+/* ---- fine-tuning ----------------------------------------------------------------------------- */
+
+/* A layer with adapters and a way back. docs/numerics.md has the formulas. */
+typedef struct ktk_sft ktk_sft;
+/* One forward and the state that its backward needs. Any number may be live, in any order. */
+typedef struct ktk_sft_context ktk_sft_context;
+
+typedef enum ktk_policy {
+  KTK_POLICY_NONE = 0,     /* no backward will follow */
+  KTK_POLICY_SAVE = 1,     /* keep the input, gate and up in bf16 */
+  KTK_POLICY_RECOMPUTE = 2 /* keep the routing tables, and run the forward again */
+} ktk_policy;
+
+typedef struct ktk_sft_config {
+  uint32_t struct_size;
+  int32_t lora_rank;  /* r, 0 to 256; 0: no adapters */
+  float lora_scale;   /* factor of the adapters' products, alpha / r */
+  float lora_dropout; /* share of elements of the adapters' inputs that is dropped, 0 <= p < 1 */
+  int32_t skip_lora;  /* non-zero: adapters are neither added nor differentiated */
+} ktk_sft_config;
+
+/* The adapters of all experts, row-major, fp32 or bf16, aligned to it: gate and up A [E, r, H] and
+ * B [E, I, r], down A [E, r, I] and B [E, H, r]. */
+typedef struct ktk_lora_tensors {
+  uint32_t struct_size;
+  int32_t dtype; /* ktk_dtype, not fp16 */
+  const void *gate_a;
+  const void *gate_b;
+  const void *up_a;
+  const void *up_b;
+  const void *down_a;
+  const void *down_b;
+} ktk_lora_tensors;
+
+typedef struct ktk_sft_context_config {
+  uint32_t struct_size;
+  int32_t policy;  /* ktk_policy */
+  int32_t dropout; /* non-zero: elements are dropped, by `seed`; zero: none, as in evaluation */
+  int64_t seed;
+} ktk_sft_context_config;
+
+/* A gradient that is NULL is not computed; with `accumulate` those of weights are added to. Weights of
+ * experts without tokens have a gradient of zero. */
+typedef struct ktk_backward_args {
+  uint32_t struct_size;
+  int32_t grad_output_dtype;
+  const void *grad_output; /* [num_tokens, H] of the context's forward */
+  void *grad_input;        /* [num_tokens, H] */
+  int32_t grad_input_dtype;
+  int32_t lora_dtype;         /* of the next six, which have the shapes of ktk_lora_tensors; not fp16 */
+  float *grad_expert_weights; /* [num_tokens, top_k]; 0 where nothing was contributed */
+  void *gate_a;
+  void *gate_b;
+  void *up_a;
+  void *up_b;
+  void *down_a;
+  void *down_b;
+  int32_t base_dtype; /* of the next three; not fp16 */
+  int32_t accumulate;
+  void *gate; /* [E, I, H], format bf16 only */
+  void *up;   /* [E, I, H] */
+  void *down; /* [E, H, I] */
+} ktk_backward_args;
+
+/* The layer is kept; when it is destroyed, calls on the handle fail with KTK_ERR_STATE. */
+KTK_API ktk_status ktk_sft_create(const ktk_sft_config *config, ktk_moe *moe, ktk_sft **sft);
+/* Its contexts can only be destroyed from then on. */
+KTK_API ktk_status ktk_sft_destroy(ktk_sft *sft);
+/* The tensors are kept and read in place by each forward and backward. */
+KTK_API ktk_status ktk_sft_set_lora(ktk_sft *sft, const ktk_lora_tensors *tensors);
+KTK_API ktk_status ktk_sft_context_create(ktk_sft *sft, const ktk_sft_context_config *config,
+                                          ktk_sft_context **context);
+/* Waits for its forward or backward, then frees. */
+KTK_API ktk_status ktk_sft_context_destroy(ktk_sft_context *context);
+/* Tokens of the context's forward, and bytes that it holds for the backward: `activation_bytes` of input,
+ * gate and up, `table_bytes` of routing tables. KTK_ERR_STATE before the forward. */
+KTK_API ktk_status ktk_sft_context_size(const ktk_sft_context *context, int32_t *num_tokens,
+                                        size_t *activation_bytes, size_t *table_bytes);
+/* The forward of a new context, with the adapters. Inputs fp32 or bf16; with KTK_POLICY_RECOMPUTE `input`
+ * is kept, unchanged, until the backward. */
+KTK_API ktk_status ktk_sft_forward(ktk_sft_context *context, const ktk_forward_args *args);
+/* Once for each context whose forward is done and whose policy allows it; else KTK_ERR_STATE. */
+KTK_API ktk_status ktk_sft_backward(ktk_sft_context *context, const ktk_backward_args *args);
+
 /* ---- task queue ------------------------------------------------------------------------------ */
 
 typedef struct ktk_queue ktk_queue;
@@ -205,6 +294,11 @@ KTK_API ktk_status ktk_queue_submit(ktk_queue *queue, ktk_task_fn function, void
 /* Submits a forward; `args` is copied, the buffers it names are used when it runs. A failure fills
  * the output with NaN and is raised by the next sync. */
 KTK_API ktk_status ktk_queue_submit_forward(ktk_queue *queue, ktk_moe *moe, const ktk_forward_args *args);
+/* The same for the two halves of a context. */
+KTK_API ktk_status ktk_queue_submit_sft_forward(ktk_queue *queue, ktk_sft_context *context,
+                                                const ktk_forward_args *args);
+KTK_API ktk_status ktk_queue_submit_sft_backward(ktk_queue *queue, ktk_sft_context *context,
+                                                 const ktk_backward_args *args);
 /* Waits until at most `allow_n_pending` tasks are left; raises the first failure since the last sync. */
 KTK_API ktk_status ktk_queue_sync(ktk_queue *queue, int32_t allow_n_pending);
 /* The same in the order of a CUDA stream (a cudaStream_t as an integer), capturable in a CUDA graph.

@@ -1,5 +1,6 @@
 // The C ABI: check the arguments' form, call the engine or the runtime, translate failures. No logic.
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <cstring>
 #include <memory>
@@ -13,6 +14,7 @@
 #include "engine/moe.h"
 #include "engine/probe.h"
 #include "engine/scratch.h"
+#include "engine/train.h"
 #include "ktk.h"
 #include "runtime/cuda_shim.h"
 #include "runtime/fork.h"
@@ -51,6 +53,29 @@ struct ktk_queue {
   ktk::TaskQueue queue;
   explicit ktk_queue(std::shared_ptr<ktk::PoolContext> owner)
       : context(std::move(owner)), queue(context->pool) {}
+};
+
+// Adapters and a way back for a layer; contexts keep it beyond ktk_sft_destroy.
+struct SftShell {
+  std::shared_ptr<MoeShell> layer;
+  ktk::Training training;
+  std::atomic<bool> closed{false};
+};
+
+struct ktk_sft {
+  std::shared_ptr<SftShell> shell;
+};
+
+// Kept by tasks that are pending.
+struct SftContextShell {
+  std::shared_ptr<SftShell> sft;
+  ktk::TrainingState state;
+  std::mutex mutex;  // held while its forward or backward runs
+  std::atomic<bool> closed{false};
+};
+
+struct ktk_sft_context {
+  std::shared_ptr<SftContextShell> shell;
 };
 
 struct ktk_trace {
@@ -155,6 +180,82 @@ void submit_forward(ktk_moe *moe, const ktk_forward_args *args, bool captured, S
     if (!captured) ForwardTask::leave(*moe->shell);
     throw;
   }
+  task.release();
+}
+
+// The time in which a layer is used on behalf of a context: it cannot be destroyed meanwhile.
+class LayerUse {
+ public:
+  explicit LayerUse(const SftContextShell &context) : layer_(*context.sft->layer) {
+    if (context.sft->closed.load())
+      fail(KTK_ERR_STATE, "the adapters of this context are closed; keep them open until its backward");
+    const std::lock_guard<std::mutex> lock(layer_.mutex);
+    if (layer_.moe == nullptr) fail(KTK_ERR_STATE, "the layer is closed; keep it open until its backward");
+    layer_.pending++;
+  }
+  ~LayerUse() { ForwardTask::leave(layer_); }
+  LayerUse(const LayerUse &) = delete;
+  LayerUse &operator=(const LayerUse &) = delete;
+
+ private:
+  MoeShell &layer_;
+};
+
+void check_open(const SftContextShell &context) {
+  if (context.closed.load()) fail(KTK_ERR_STATE, "the context is closed; make a new one");
+}
+
+// A forward or backward of a context, on a queue. What it names stays alive until it has run.
+template <typename Args>
+struct SftTask {
+  std::shared_ptr<SftContextShell> context;
+  Args args;
+  LayerUse use;  // from submission on
+
+  static void step(ktk::Training &training, ktk::TrainingState &state, const ktk_forward_args &args) {
+    training.forward(state, args);
+  }
+  static void step(ktk::Training &training, ktk::TrainingState &state, const ktk_backward_args &args) {
+    training.backward(state, args);
+  }
+  static void poison(const SftContextShell &context, const ktk_forward_args &args) {
+    context.sft->layer->moe->poison(args);
+  }
+  static void poison(const SftContextShell &context, const ktk_backward_args &args) {
+    context.sft->training.poison(context.state, args);
+  }
+  static void run(void *pointer) {
+    const auto &task = *static_cast<SftTask *>(pointer);
+    SftContextShell &context = *task.context;
+    const std::lock_guard<std::mutex> lock(context.mutex);
+    try {
+      step(context.sft->training, context.state, task.args);
+    } catch (...) {
+      poison(context, task.args);
+      throw;
+    }
+  }
+  static void done(void *pointer) { delete static_cast<SftTask *>(pointer); }
+};
+
+template <typename Args>
+void run_sft(ktk_sft_context *context, const Args *args) {
+  const Args copy = read_struct(args, "args");
+  SftContextShell &shell = *at(context, "context").shell;
+  check_open(shell);
+  const LayerUse use(shell);
+  const std::lock_guard<std::mutex> lock(shell.mutex);
+  SftTask<Args>::step(shell.sft->training, shell.state, copy);
+}
+
+template <typename Args>
+void submit_sft(ktk_queue *queue, ktk_sft_context *context, const Args *args) {
+  const Args copy = read_struct(args, "args");
+  const std::shared_ptr<SftContextShell> &shell = at(context, "context").shell;
+  check_open(*shell);
+  std::unique_ptr<SftTask<Args>> task(new SftTask<Args>{shell, copy, LayerUse(*shell)});
+  shell->sft->training.check(copy);
+  at(queue, "queue").queue.submit({SftTask<Args>::run, SftTask<Args>::done, task.get()});
   task.release();
 }
 
@@ -344,6 +445,81 @@ ktk_status ktk_moe_forward(ktk_moe *moe, const ktk_forward_args *args) {
   return guard([&] { at(moe, "moe")->forward(read_struct(args, "args")); });
 }
 
+ktk_status ktk_moe_unpack_expert(const ktk_moe *moe, int32_t expert, float *gate, float *up, float *down) {
+  return guard([&] { at(moe, "moe")->store().unpack(expert, gate, up, down); });
+}
+
+ktk_status ktk_sft_create(const ktk_sft_config *config, ktk_moe *moe, ktk_sft **sft) {
+  return guard([&] {
+    const ktk_sft_config copy = read_struct(config, "config");
+    const std::shared_ptr<MoeShell> &layer = at(moe, "moe").shell;
+    std::shared_ptr<SftShell> shell(new SftShell{layer, ktk::Training(copy, *layer->moe)});
+    at(sft, "sft") = new ktk_sft{std::move(shell)};
+  });
+}
+
+ktk_status ktk_sft_destroy(ktk_sft *sft) {
+  return guard([&] {
+    at(sft, "sft").shell->closed.store(true);
+    delete sft;
+  });
+}
+
+ktk_status ktk_sft_set_lora(ktk_sft *sft, const ktk_lora_tensors *tensors) {
+  return guard([&] {
+    SftShell &shell = *at(sft, "sft").shell;
+    const std::lock_guard<std::mutex> lock(shell.layer->mutex);
+    if (shell.layer->moe == nullptr) fail(KTK_ERR_STATE, "the layer is closed");
+    shell.training.set_lora(read_struct(tensors, "tensors"));
+  });
+}
+
+ktk_status ktk_sft_context_create(ktk_sft *sft, const ktk_sft_context_config *config,
+                                  ktk_sft_context **context) {
+  return guard([&] {
+    const ktk_sft_context_config copy = read_struct(config, "config");
+    require(copy.policy >= KTK_POLICY_NONE && copy.policy <= KTK_POLICY_RECOMPUTE, "policy ", copy.policy,
+            " is unknown; use 0 (none), 1 (save) or 2 (recompute)");
+    std::shared_ptr<SftContextShell> shell(
+        new SftContextShell{at(sft, "sft").shell, ktk::TrainingState(copy), {}, {}});
+    at(context, "context") = new ktk_sft_context{std::move(shell)};
+  });
+}
+
+ktk_status ktk_sft_context_destroy(ktk_sft_context *context) {
+  return guard([&] {
+    SftContextShell &shell = *at(context, "context").shell;
+    shell.closed.store(true);
+    {
+      const std::lock_guard<std::mutex> lock(shell.mutex);
+      if (shell.state.phase == ktk::TrainingState::Phase::ready) shell.state.release();
+    }
+    delete context;
+  });
+}
+
+ktk_status ktk_sft_context_size(const ktk_sft_context *context, int32_t *num_tokens, size_t *activation_bytes,
+                                size_t *table_bytes) {
+  return guard([&] {
+    SftContextShell &shell = *at(context, "context").shell;
+    const std::lock_guard<std::mutex> lock(shell.mutex);
+    if (shell.state.phase == ktk::TrainingState::Phase::fresh)
+      fail(KTK_ERR_STATE, "the context has had no forward yet");
+    const bool holds = shell.state.phase == ktk::TrainingState::Phase::ready;
+    at(num_tokens, "num_tokens") = shell.state.tokens;
+    at(activation_bytes, "activation_bytes") = holds ? shell.state.activation_bytes : 0;
+    at(table_bytes, "table_bytes") = holds ? shell.state.table_bytes : 0;
+  });
+}
+
+ktk_status ktk_sft_forward(ktk_sft_context *context, const ktk_forward_args *args) {
+  return guard([&] { run_sft(context, args); });
+}
+
+ktk_status ktk_sft_backward(ktk_sft_context *context, const ktk_backward_args *args) {
+  return guard([&] { run_sft(context, args); });
+}
+
 ktk_status ktk_queue_create(ktk_pool *pool, ktk_queue **queue) {
   return guard([&] { at(queue, "queue") = new ktk_queue(at(pool, "pool").context); });
 }
@@ -364,6 +540,16 @@ ktk_status ktk_queue_submit_forward(ktk_queue *queue, ktk_moe *moe, const ktk_fo
     ktk::TaskQueue &tasks = at(queue, "queue").queue;
     submit_forward(moe, args, false, [&](const ktk::Task &task) { tasks.submit(task); });
   });
+}
+
+ktk_status ktk_queue_submit_sft_forward(ktk_queue *queue, ktk_sft_context *context,
+                                        const ktk_forward_args *args) {
+  return guard([&] { submit_sft(queue, context, args); });
+}
+
+ktk_status ktk_queue_submit_sft_backward(ktk_queue *queue, ktk_sft_context *context,
+                                         const ktk_backward_args *args) {
+  return guard([&] { submit_sft(queue, context, args); });
 }
 
 ktk_status ktk_queue_sync(ktk_queue *queue, int32_t allow_n_pending) {

@@ -11,6 +11,8 @@
 
 #include <cstdint>
 
+#include "core/train_kernels.h"
+
 namespace ktk {
 
 constexpr int kPanelColumns = 16;      // output neurons of one panel: a tile's columns, a vector's lanes
@@ -79,7 +81,8 @@ struct GateUpArgs {
   int32_t first_column, last_column;  // of the shard; first is a multiple of kIntermediateGroup
   float limit, alpha;
   int32_t strict;
-  float *scratch;  // kScratchFloats
+  float *scratch;                  // kScratchFloats
+  const GateUpTraining *training;  // null: a forward of inference
 };
 
 // Scratch of a worker: a pass's sums for the gate and up columns of a group, then their activations.
@@ -97,8 +100,9 @@ struct DownArgs {
   int32_t hidden_size;
   int32_t first_panel, last_panel;
   int32_t strict;
-  float *scratch;  // kScratchFloats
-  float *sum;      // [tokens][(last_panel - first_panel) * 16]
+  float *scratch;           // kScratchFloats
+  float *sum;               // [tokens][(last_panel - first_panel) * 16]
+  const LoraProduct *lora;  // null: none; of all panels
 };
 
 struct FinishArgs {
@@ -177,6 +181,8 @@ struct FormatKernels {
   // Returns 0, or 1 when a weight is not finite.
   int32_t (*pack)(const PackArgs *);
   ProductLoops products;
+  void (*expand)(const ExpandArgs *);
+  void (*unpack)(const UnpackArgs *);
 };
 
 struct Backend {
@@ -187,6 +193,7 @@ struct Backend {
   void (*read)(const ReadArgs *);
   void (*copy)(const CopyArgs *);
   FormatKernels formats[3];  // by ktk_format
+  TrainKernels train;
 };
 
 }  // namespace ktk

@@ -315,4 +315,47 @@ void ExpertStore::pack(int32_t expert, const ktk_expert_weights &weights) {
   present |= needed_parts();
 }
 
+void ExpertStore::unpack(int32_t expert, float *gate, float *up, float *down) const {
+  check(expert, KTK_PART_GATE_UP_WEIGHT, part_bytes(KTK_PART_GATE_UP_WEIGHT));
+  if (!loaded(expert)) {
+    fail(KTK_ERR_STATE, "layer ", layer_index_, ": expert ", expert,
+         " is not loaded, so its weights cannot be read");
+  }
+  const int64_t down_panels = divide_up(hidden_size_, kPanelColumns);
+  std::vector<int64_t> units;
+  for (const Shard &shard : shards_) units.push_back(shard.empty() ? 0 : shard.panels * 2 + down_panels);
+  const auto unit = [&](int index, int, int64_t which) {
+    const Shard &shard = shards_[static_cast<size_t>(index)];
+    const bool is_down = which >= shard.panels * 2;
+    const Gemm &gemm = is_down ? shard.down : shard.gate_up;
+    const int projections = is_down ? 1 : 2;
+    const int64_t panel = is_down ? which - shard.panels * 2 : which / 2;
+    const auto projection = static_cast<int32_t>(is_down ? 0 : which % 2);
+    float *target = is_down ? down : projection == 0 ? gate : up;
+    if (target == nullptr) return;
+    const auto weight = is_down ? KTK_PART_DOWN_WEIGHT : KTK_PART_GATE_UP_WEIGHT;
+    const int64_t scales = int64_t{gemm.weight_groups} * projections * kPanelColumns;
+    float *rows[kPanelColumns];
+    for (int n = 0; n < kPanelColumns; n++) {
+      const int64_t row = panel * kPanelColumns + n;
+      if (is_down) {
+        rows[n] = row < hidden_size_ ? target + row * intermediate_size_ + shard.range.first : nullptr;
+      } else {
+        const int64_t neuron = shard.range.first + row;
+        rows[n] = row < shard.columns() ? target + neuron * hidden_size_ : nullptr;
+      }
+    }
+    const UnpackArgs args = {
+        &gemm,
+        part(index, expert, weight) + panel * gemm.steps * projections * kernels_.tile_bytes,
+        part(index, expert, static_cast<ktk_part>(weight + 1)) + panel * scales * scale_bytes(gemm),
+        part(index, expert, static_cast<ktk_part>(weight + 2)) + panel * scales,
+        projections,
+        projection,
+        rows};
+    kernels_.unpack(&args);
+  };
+  run_section(pool_, {Stage::pack, layer_index_}, units.data(), unit);
+}
+
 }  // namespace ktk

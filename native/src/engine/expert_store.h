@@ -43,6 +43,8 @@ class ExpertStore {
   const float *bias(int shard, int32_t expert, ktk_part part) const;
 
   void pack(int32_t expert, const ktk_expert_weights &weights);
+  // In fp32; pointers may be null.
+  void unpack(int32_t expert, float *gate, float *up, float *down) const;
   size_t part_bytes(ktk_part part) const;
   void export_part(int32_t expert, ktk_part part, void *buffer, size_t bytes) const;
   void import_part(int32_t expert, ktk_part part, const void *buffer, size_t bytes);

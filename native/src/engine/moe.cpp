@@ -5,6 +5,7 @@
 
 #include "core/dispatch.h"
 #include "core/status.h"
+#include "engine/batch.h"
 #include "engine/sections.h"
 
 namespace ktk {
@@ -52,26 +53,6 @@ ktk_moe_config checked(const ktk_moe_config &config) {
 }
 
 }  // namespace
-
-// One forward on its way through the sections.
-struct Moe::Batch {
-  ktk_forward_args args;
-  int64_t tokens;
-  const Route &route;
-  Scratch &scratch;
-
-  Rows by_token;  // quantised input
-  Rows by_row;    // gathered
-
-  struct Shard {
-    Rows intermediate;
-    float *scratch;  // of each worker: gate_up's, then the tokens' sums
-    int64_t scratch_floats;
-    float *partial;  // [tokens][hidden], several shards only
-  };
-  std::vector<Shard> shards;
-  int64_t down_panels;  // output panels of one unit
-};
 
 Moe::Moe(const ktk_moe_config &config, std::shared_ptr<PoolContext> context)
     : config_(checked(config)),
@@ -127,13 +108,26 @@ void Moe::forward(const ktk_forward_args &args) {
     scratch.route.build(args.expert_ids, args.expert_weights, tokens, args.top_k, config_.num_experts,
                         config_.gpu_experts_mask);
   }
-  for (const Route::Expert &expert : scratch.route.experts) {
+  require_loaded(scratch.route);
+  Batch batch{args, tokens, scratch.route, scratch, {}, {}, {}, 0};
+  prepare(batch);
+  quantise(batch);
+  gather(batch);
+  gate_up(batch);
+  down(batch);
+  if (store_.shard_count() > 1) merge(batch);
+}
+
+void Moe::require_loaded(const Route &route) const {
+  for (const Route::Expert &expert : route.experts) {
     if (!store_.loaded(expert.id)) {
       fail(KTK_ERR_STATE, "layer ", config_.layer_index, ": a token is routed to expert ", expert.id,
            ", which is not loaded; load it, or set it in gpu_experts_mask");
     }
   }
-  Batch batch{args, tokens, scratch.route, scratch, {}, {}, {}, 0};
+}
+
+void Moe::prepare(Batch &batch) const {
   batch.shards.resize(static_cast<size_t>(store_.shard_count()));
   const int64_t panels = divide_up(config_.hidden_size, kPanelColumns);
   // Decode wants a unit for every worker, prefill wants rows of activations to meet several panels.
@@ -141,12 +135,6 @@ void Moe::forward(const ktk_forward_args &args) {
   batch.down_panels = std::clamp<int64_t>(panels / (threads * 4), 2, 4);
   place(batch, true);
   place(batch, false);
-
-  quantise(batch);
-  gather(batch);
-  gate_up(batch);
-  down(batch);
-  if (store_.shard_count() > 1) merge(batch);
 }
 
 void Moe::place(Batch &batch, bool measuring) const {
@@ -219,8 +207,6 @@ void Moe::gather(Batch &batch) const {
              });
 }
 
-namespace {
-
 Rows rows_from(const Rows &rows, const Gemm &gemm, int64_t row) {
   return {rows.data + row * gemm.steps * kStepBytes, rows.scale + row * gemm.row_groups,
           rows.sum + row * gemm.segments};
@@ -230,8 +216,6 @@ Weights weights_of(const ExpertStore &store, int shard, int32_t expert, ktk_part
   return {store.part(shard, expert, weight), store.part(shard, expert, static_cast<ktk_part>(weight + 1)),
           store.part(shard, expert, static_cast<ktk_part>(weight + 2))};
 }
-
-}  // namespace
 
 void Moe::gate_up(Batch &batch) const {
   std::vector<int64_t> units;
@@ -248,6 +232,25 @@ void Moe::gate_up(Batch &batch) const {
     const Rows input = expert.rows == 1 ? rows_from(batch.by_token, shard.gate_up,
                                                     batch.route.tokens[static_cast<size_t>(expert.first)])
                                         : rows_from(batch.by_row, shard.gate_up, expert.first);
+    LoraProduct lora{};
+    GateUpTraining training{};
+    if (batch.training != nullptr) {
+      const TrainingBatch &extra = *batch.training;
+      const TrainingBatch::Shard &part = extra.shards[static_cast<size_t>(s)];
+      if (extra.lora) {
+        lora = {&extra.gate_up_rank,
+                extra.gate_up_input + int64_t{expert.first} * extra.gate_up_rank.steps * kStepBytes,
+                part.gate_up_tiles + index / groups * part.gate_up_tile_bytes};
+        training.lora = &lora;
+      }
+      training.saved_columns = shard.columns();
+      training.saved_stride = int64_t{2} * shard.columns();
+      if (part.saved != nullptr) training.saved = part.saved + expert.first * training.saved_stride;
+      if (part.z != nullptr) {
+        training.z_gemm = &part.z_gemm;
+        training.z = part.z + int64_t{expert.first} * part.z_gemm.steps * kStepBytes;
+      }
+    }
     const GateUpArgs args = {&shard.gate_up,
                              &shard.down,
                              weights_of(store_, s, expert.id, KTK_PART_GATE_UP_WEIGHT),
@@ -261,7 +264,8 @@ void Moe::gate_up(Batch &batch) const {
                              config_.swiglu_limit,
                              config_.swiglu_alpha,
                              config_.strict,
-                             placed.scratch + worker * placed.scratch_floats};
+                             placed.scratch + worker * placed.scratch_floats,
+                             batch.training != nullptr ? &training : nullptr};
     kernels_.gate_up(&args);
   };
   run_section(context_->pool, {Stage::gate_up, config_.layer_index}, units.data(), unit);
@@ -283,6 +287,14 @@ void Moe::down(Batch &batch) const {
     float *sum = scratch + kScratchFloats;
     std::memset(sum, 0, static_cast<size_t>(batch.tokens * width) * sizeof(float));
     for (const Route::Expert &expert : batch.route.experts) {
+      LoraProduct lora{};
+      const bool adapted = batch.training != nullptr && batch.training->lora && s == 0;
+      if (adapted) {
+        const TrainingBatch &extra = *batch.training;
+        lora = {&extra.down_rank,
+                extra.down_input + int64_t{expert.first} * extra.down_rank.steps * kStepBytes,
+                extra.down_tiles + (&expert - batch.route.experts.data()) * extra.down_tile_bytes};
+      }
       const DownArgs args = {&shard.down,
                              weights_of(store_, s, expert.id, KTK_PART_DOWN_WEIGHT),
                              s == 0 ? store_.bias(s, expert.id, KTK_PART_DOWN_BIAS) : nullptr,
@@ -295,7 +307,8 @@ void Moe::down(Batch &batch) const {
                              static_cast<int32_t>(last),
                              config_.strict,
                              scratch,
-                             sum};
+                             sum,
+                             adapted ? &lora : nullptr};
       kernels_.down(&args);
     }
     if (placed.partial != nullptr) {

@@ -39,7 +39,10 @@ class Moe {
   void poison(const ktk_forward_args &args) const noexcept;
 
  private:
+  friend class Training;
   struct Batch;
+  void require_loaded(const Route &route) const;
+  void prepare(Batch &batch) const;
   void place(Batch &batch, bool measuring) const;
   void quantise(Batch &batch) const;
   void gather(Batch &batch) const;

@@ -6,9 +6,9 @@ namespace ktk {
 
 void Route::build(const int64_t *ids, const float *expert_weights, int64_t tokens_count, int32_t top_k,
                   int32_t num_experts, const uint8_t *mask) {
-  const int64_t slots = tokens_count * top_k;
+  const int64_t entries = tokens_count * top_k;
   next_.assign(static_cast<size_t>(num_experts), 0);
-  for (int64_t i = 0; i < slots; i++) {
+  for (int64_t i = 0; i < entries; i++) {
     if (ids[i] >= 0 && ids[i] < num_experts) next_[static_cast<size_t>(ids[i])]++;
   }
   experts.clear();
@@ -23,11 +23,13 @@ void Route::build(const int64_t *ids, const float *expert_weights, int64_t token
   }
   tokens.resize(static_cast<size_t>(row));
   weights.resize(static_cast<size_t>(row));
-  for (int64_t i = 0; i < slots; i++) {
+  slots.resize(static_cast<size_t>(row));
+  for (int64_t i = 0; i < entries; i++) {
     if (ids[i] < 0 || ids[i] >= num_experts || next_[static_cast<size_t>(ids[i])] < 0) continue;
     const auto at = static_cast<size_t>(next_[static_cast<size_t>(ids[i])]++);
     tokens[at] = static_cast<int32_t>(i / top_k);
     weights[at] = expert_weights[i];
+    slots[at] = static_cast<int32_t>(i);
   }
 }
 

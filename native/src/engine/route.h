@@ -16,6 +16,7 @@ struct Route {
   std::vector<Expert> experts;  // those with rows, ascending
   std::vector<int32_t> tokens;  // [rows]
   std::vector<float> weights;   // [rows]
+  std::vector<int32_t> slots;   // [rows], index of the row in the caller's [tokens, top_k]
 
   // Experts outside 0 .. num_experts - 1 or with a non-zero mask are left out. `mask` may be null.
   void build(const int64_t *ids, const float *expert_weights, int64_t tokens_count, int32_t top_k,

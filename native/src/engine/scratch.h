@@ -45,6 +45,9 @@ struct Scratch {
   Route route;
   Arena shared;               // on the first subpool's node
   std::vector<Arena> shards;  // on each subpool's node
+  // What training needs beside them.
+  Arena training;
+  std::vector<Arena> training_shards;
 };
 
 // A pool with what its layers share.
@@ -52,6 +55,7 @@ struct PoolContext {
   PoolContext(std::vector<SubpoolConfig> subpools, bool bind, int64_t spin_ns)
       : pool(std::move(subpools), bind, spin_ns) {
     scratch.shards.resize(static_cast<size_t>(pool.subpools()));
+    scratch.training_shards.resize(static_cast<size_t>(pool.subpools()));
   }
   WorkerPool pool;
   Scratch scratch;

@@ -31,6 +31,15 @@ struct Bf16 {
     return tile;
   }
 
+  // Columns 2 `pair` and 2 `pair` + 1 of the 16 rows.
+  template <class Ops>
+  KTK_INLINE void columns(const uint8_t *tile, int pair, typename Ops::I, typename Ops::F *even,
+                          typename Ops::F *odd) {
+    const typename Ops::I words = Ops::load_i(tile + pair * 64);
+    *even = Ops::as_f(Ops::shift_left_16(words));
+    *odd = Ops::as_f(Ops::and_i(words, Ops::set1_i((int32_t)0xffff0000)));
+  }
+
   template <class Ops>
   static int32_t pack(const PackArgs *args) {
     const Gemm &gemm = *args->gemm;

@@ -65,6 +65,22 @@ struct Int4 {
     return scratch;
   }
 
+  // Columns 2 `pair` and 2 `pair` + 1 of the 16 rows, less their zero points, in sixteenths, and before the
+  // scale: exact in bf16 where there are none, and in fp32.
+  template <class Ops>
+  KTK_INLINE void columns(const uint8_t *tile, int pair, typename Ops::I zero, typename Ops::F *even,
+                          typename Ops::F *odd) {
+    const typename Ops::I quads = Ops::load_i(tile + pair % 16 / 2 * 64);
+    const typename Ops::I nibbles = pair < 16 ? Ops::low_nibbles(quads) : Ops::high_nibbles(quads);
+    const typename Ops::I both = pair % 2 == 0 ? nibbles : Ops::shift_right_i(nibbles, 16);
+    const typename Ops::I byte = Ops::set1_i(255);
+    const typename Ops::F sixteenth = Ops::set1_f(0.0625f);
+    const typename Ops::I first = Ops::and_i(both, byte),
+                          second = Ops::and_i(Ops::shift_right_i(both, 8), byte);
+    *even = Ops::mul(Ops::from_i(Ops::sub_i(Ops::shift_left_4(first), zero)), sixteenth);
+    *odd = Ops::mul(Ops::from_i(Ops::sub_i(Ops::shift_left_4(second), zero)), sixteenth);
+  }
+
   static constexpr int kFitRounds = 3;
   // The whole range of a group, or for large groups a little less: their ends hold few weights.
   KTK_INLINE float first_share(int group_columns) { return group_columns == 32 ? 1.0f : 0.953125f; }

@@ -39,6 +39,17 @@ struct Int8 {
     return tile;
   }
 
+  // Columns 2 `pair` and 2 `pair` + 1 of the 16 rows, before the scale.
+  template <class Ops>
+  KTK_INLINE void columns(const uint8_t *tile, int pair, typename Ops::I, typename Ops::F *even,
+                          typename Ops::F *odd) {
+    const typename Ops::I quads = Ops::load_i(tile + pair / 2 * 64);
+    const typename Ops::I both = pair % 2 == 0 ? quads : Ops::shift_right_i(quads, 16);
+    const typename Ops::I byte = Ops::set1_i(255), zero = Ops::set1_i(kZeroPoint);
+    *even = Ops::from_i(Ops::sub_i(Ops::and_i(both, byte), zero));
+    *odd = Ops::from_i(Ops::sub_i(Ops::and_i(Ops::shift_right_i(both, 8), byte), zero));
+  }
+
   template <class Ops>
   static int32_t pack(const PackArgs *args) {
     typedef typename Ops::F F;

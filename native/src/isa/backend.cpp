@@ -40,6 +40,7 @@ typedef KTK_ISA_OPS Ops;
 #endif
 #include "kernels/expert.h"
 #include "kernels/probe.h"
+#include "kernels/train.h"
 
 template <class Format>
 constexpr FormatKernels kernels_of() {
@@ -56,6 +57,8 @@ constexpr FormatKernels kernels_of() {
   kernels.down = down<Ops, Format>;
   kernels.pack = Format::template pack<Ops>;
   kernels.products = product_loops<Ops, Format>();
+  kernels.expand = expand<Ops, Format>;
+  kernels.unpack = unpack<Ops, Format>;
   return kernels;
 }
 
@@ -73,6 +76,16 @@ constexpr Backend backend = {
 #define KTK_KERNELS(format) kernels_of<format>(),
         KTK_FOR_EACH_FORMAT(KTK_KERNELS)
 #undef KTK_KERNELS
+    },
+    {
+        load_rows<Ops>,
+        transpose_rows<Ops>,
+        pack_tiles<Ops>,
+        pack_pairs<Ops>,
+        multiply<Ops>,
+        activation_backward<Ops>,
+        add_dropped<Ops>,
+        store_matrix<Ops>,
     },
 };
 

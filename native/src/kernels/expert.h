@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernels/activation.h"
+#include "kernels/expanded_product.h"
 #include "kernels/product.h"
 #include "kernels/rows.h"
 
@@ -16,24 +17,29 @@ KTK_INLINE bool uses_tiles(int32_t rows, int32_t strict) {
 }
 
 // Rows of one pass: on matrix units, passes of equal height whose sums take half of a 2 MiB second-level
-// cache; on vectors, as many rows as take half of it themselves.
+// cache; on vectors, as many rows as take half of it themselves, or what kExpandedBytes says.
+template <class Ops, class Format>
 KTK_INLINE int pass_rows(const Gemm &gemm, bool tiles, int rows) {
   if (tiles) {
     const int passes = (rows + kPassRows - 1) / kPassRows;
     return (rows + passes * kBlockRows - 1) / (passes * kBlockRows) * kBlockRows;
   }
-  const int fitting = (1 << 20) / (gemm.steps * kStepBytes) / kGroupRows * kGroupRows;
+  int bytes = 1 << 20;
+  if constexpr (!Format::kInteger && Ops::kExpandedRows > 0) bytes = Ops::kExpandedBytes;
+  const int fitting = bytes / (gemm.steps * kStepBytes) / kGroupRows * kGroupRows;
   return fitting < 2 * kGroupRows ? 2 * kGroupRows : least(fitting, kPassRows);
 }
 
-// Tiles [0, tile_count) of a product, in runs of NT: calls use(tile, row, sums [tiles of the run][16]) for
-// the first tile of each run and each row of [first, last), which begins a block. `scratch`: kSumFloats.
+// Tiles [0, tile_count) of a product, and of `lora` on top of it unless that is null, in runs of NT: calls
+// use(tile, row, sums [tiles of the run][16]) for the first tile of each run and each row of [first, last),
+// which begins a block. `scratch`: kSumFloats.
 template <class Ops, class Format, class Use>
 KTK_INLINE void product(const Product &p, bool tiles, int tile_count, int first, int last, float *scratch,
-                        Use use) {
+                        Use use, const Product *lora = nullptr) {
 #ifdef KTK_ISA_HAS_TILES
   if (tiles) {
     tile_product<Ops, Format>(p, tile_count, first, last, scratch);
+    if (lora != nullptr) tile_product<Ops, Bf16>(*lora, tile_count, first, last, scratch);
     for (int tile = 0; tile < tile_count; tile += kRunTiles) {
       const int width = least(tile_count - tile, kRunTiles) * kPanelColumns;
       const float *sums = scratch + (int64_t)tile * kPanelColumns * (last - first);
@@ -48,6 +54,22 @@ KTK_INLINE void product(const Product &p, bool tiles, int tile_count, int first,
   for (int tile = 0; tile < tile_count; tile += 2) {
     const Product pair = p.from_tile(tile);
     const int count = least(tile_count - tile, 2);
+    if constexpr (!Format::kInteger && Ops::kExpandedRows > 0) {
+      if (last - first >= Ops::kExpandedLeast) {
+        const auto run = [&](const Product &summand) {
+          if (count == 2) {
+            expanded_product<Ops, 2>(summand, first, last, scratch);
+          } else {
+            expanded_product<Ops, 1>(summand, first, last, scratch);
+          }
+        };
+        run(pair);
+        if (lora != nullptr) run(lora->from_tile(tile));
+        for (int row = first; row < last; row++)
+          use(tile, count, row, scratch + (row - first) * count * kPanelColumns);
+        continue;
+      }
+    }
     for (int group = first; group < last; group += kGroupRows) {
       const int stop = least(group + kGroupRows, last);
       for (int row = group; row < stop; row += kBlockRows) {
@@ -58,6 +80,13 @@ KTK_INLINE void product(const Product &p, bool tiles, int tile_count, int first,
         } else {
           vector_product<Ops, Format, 1, Ops::kTallMaxRows>(pair, row, row_stop, out, kPanelColumns);
         }
+        if (lora == nullptr) continue;
+        const Product added = lora->from_tile(tile);
+        if (count == 2) {
+          vector_pair<Ops, Bf16>(added, row, row_stop, out);
+        } else {
+          vector_product<Ops, Bf16, 1, Ops::kTallMaxRows>(added, row, row_stop, out, kPanelColumns);
+        }
       }
       for (int row = group; row < stop; row++)
         use(tile, count, row, scratch + (row - group) * count * kPanelColumns);
@@ -65,12 +94,37 @@ KTK_INLINE void product(const Product &p, bool tiles, int tile_count, int first,
   }
 }
 
+// A product of bf16 operands: panels one after the other, or in pairs with `paired`.
+KTK_INLINE Product bf16_product(const Gemm &gemm, const uint8_t *tiles, bool paired, uint8_t *rows,
+                                int row_count, bool accumulate) {
+  const int64_t panel_bytes = (int64_t)gemm.steps * Bf16::kTileBytes;
+  Product p = {};
+  p.gemm = &gemm;
+  p.tiles = tiles;
+  p.tile_stride_bytes = paired ? Bf16::kTileBytes : panel_bytes;
+  p.pair_stride_bytes = 2 * panel_bytes;
+  p.step_stride_bytes = paired ? 2 * Bf16::kTileBytes : Bf16::kTileBytes;
+  p.rows.data = rows;
+  p.row_count = row_count;
+  p.accumulate = accumulate;
+  return p;
+}
+
+// 16 columns of gate and up of one row, before the activation, for the way back.
+template <class Ops>
+KTK_INLINE void save_gate_up(const GateUpTraining &training, int row, int column, typename Ops::F gate,
+                             typename Ops::F up) {
+  uint16_t *saved = training.saved + row * training.saved_stride;
+  store_values<Ops>(saved, KTK_DTYPE_BF16, column, training.saved_columns, gate);
+  store_values<Ops>(saved + training.saved_columns, KTK_DTYPE_BF16, column, training.saved_columns, up);
+}
+
 template <class Ops, class Format>
 static void gate_up(const GateUpArgs *args) {
   const Gemm &gemm = *args->gemm;
   const Gemm &next = *args->next;
   const bool tiles = uses_tiles<Ops, Format>(args->rows, args->strict);
-  const int rows_of_pass = pass_rows(gemm, tiles, args->rows);
+  const int rows_of_pass = pass_rows<Ops, Format>(gemm, tiles, args->rows);
   const int64_t panel_bytes = (int64_t)gemm.steps * 2 * Format::kTileBytes;
   const int64_t panel_scales = (int64_t)gemm.weight_groups * 2 * kPanelColumns;
   float *activated = args->scratch + kSumFloats;  // [rows of the pass][kIntermediateGroup]
@@ -90,22 +144,32 @@ static void gate_up(const GateUpArgs *args) {
                        args->input,
                        args->rows};
     const int tile_count = (columns + kPanelColumns - 1) / kPanelColumns * 2;
+    const GateUpTraining *training = args->training;
+    const LoraProduct *lora = training != nullptr ? training->lora : nullptr;
+    Product added = {};
+    if (lora != nullptr) {
+      added = bf16_product(*lora->gemm, lora->tiles + panel * 2 * lora->gemm->steps * Bf16::kTileBytes, true,
+                           lora->rows, args->rows, true);
+    }
     for (int pass = 0; pass < args->rows; pass += rows_of_pass) {
       const int pass_stop = least(pass + rows_of_pass, args->rows);
-      product<Ops, Format>(p, tiles, tile_count, pass, pass_stop, args->scratch,
-                           [&](int tile, int count, int row, const float *sums) {
-                             for (int j = 0; j < count; j += 2) {
-                               const int column = (tile + j) / 2 * kPanelColumns;
-                               typename Ops::F gate = Ops::load_f(sums + j * kPanelColumns);
-                               typename Ops::F up = Ops::load_f(sums + (j + 1) * kPanelColumns);
-                               if (args->gate_bias != nullptr)
-                                 gate = Ops::add(gate, Ops::load_f(args->gate_bias + group + column));
-                               if (args->up_bias != nullptr)
-                                 up = Ops::add(up, Ops::load_f(args->up_bias + group + column));
-                               Ops::store_f(activated + (row - pass) * kIntermediateGroup + column,
-                                            gated_activation<Ops>(gate, up, args->limit, args->alpha));
-                             }
-                           });
+      product<Ops, Format>(
+          p, tiles, tile_count, pass, pass_stop, args->scratch,
+          [&](int tile, int count, int row, const float *sums) {
+            for (int j = 0; j < count; j += 2) {
+              const int column = (tile + j) / 2 * kPanelColumns;
+              typename Ops::F gate = Ops::load_f(sums + j * kPanelColumns);
+              typename Ops::F up = Ops::load_f(sums + (j + 1) * kPanelColumns);
+              if (args->gate_bias != nullptr)
+                gate = Ops::add(gate, Ops::load_f(args->gate_bias + group + column));
+              if (args->up_bias != nullptr) up = Ops::add(up, Ops::load_f(args->up_bias + group + column));
+              if (training != nullptr && training->saved != nullptr)
+                save_gate_up<Ops>(*training, row, group + column, gate, up);
+              Ops::store_f(activated + (row - pass) * kIntermediateGroup + column,
+                           gated_activation<Ops>(gate, up, args->limit, args->alpha));
+            }
+          },
+          lora != nullptr ? &added : nullptr);
       for (int row = pass; row < pass_stop; row++) {
         const float *values = activated + (row - pass) * kIntermediateGroup;
         const RowAddress to = row_address(args->output.data, next, args->rows, row);
@@ -119,6 +183,11 @@ static void gate_up(const GateUpArgs *args) {
         } else {
           round_group<Ops>(values, KTK_DTYPE_F32, 0, columns, first_step, to.step_stride_bytes);
         }
+        if (training != nullptr && training->z != nullptr) {
+          const RowAddress z = row_address(training->z, *training->z_gemm, args->rows, row);
+          round_group<Ops>(values, KTK_DTYPE_F32, 0, columns,
+                           z.data + group / Bf16::kStepColumns * z.step_stride_bytes, z.step_stride_bytes);
+        }
       }
     }
   }
@@ -128,7 +197,7 @@ template <class Ops, class Format>
 static void down(const DownArgs *args) {
   const Gemm &gemm = *args->gemm;
   const bool tiles = uses_tiles<Ops, Format>(args->rows, args->strict);
-  const int rows_of_pass = pass_rows(gemm, tiles, args->rows);
+  const int rows_of_pass = pass_rows<Ops, Format>(gemm, tiles, args->rows);
   const int64_t panel_bytes = (int64_t)gemm.steps * Format::kTileBytes;
   const int64_t panel_scales = (int64_t)gemm.weight_groups * kPanelColumns;
   const int panels = args->last_panel - args->first_panel;
@@ -144,6 +213,12 @@ static void down(const DownArgs *args) {
                      kPanelColumns,
                      args->input,
                      args->rows};
+  Product added = {};
+  if (args->lora != nullptr) {
+    const Gemm &rank = *args->lora->gemm;
+    added = bf16_product(rank, args->lora->tiles + (int64_t)args->first_panel * rank.steps * Bf16::kTileBytes,
+                         false, args->lora->rows, args->rows, true);
+  }
   for (int pass = 0; pass < args->rows; pass += rows_of_pass) {
     product<Ops, Format>(
         p, tiles, panels, pass, least(pass + rows_of_pass, args->rows), args->scratch,
@@ -160,7 +235,8 @@ static void down(const DownArgs *args) {
             Ops::store_f(target + j * kPanelColumns,
                          Ops::fma(weight, y, Ops::load_f(target + j * kPanelColumns)));
           }
-        });
+        },
+        args->lora != nullptr ? &added : nullptr);
   }
 }
 

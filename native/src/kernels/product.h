@@ -30,6 +30,7 @@ struct Product {
   int64_t scale_tile_stride, scale_pair_stride, scale_group_stride;  // in scales
   Rows rows;
   int32_t row_count;
+  bool accumulate = false;  // adds to what the output holds
 
   KTK_MEMBER int64_t tile_offset_bytes(int j) const {
     return j / 2 * pair_stride_bytes + j % 2 * tile_stride_bytes;
@@ -147,7 +148,8 @@ template <class Ops, class Format, int NT, int MR>
 static void float_rows(const Product &p, const RowAddress address, float *out, int out_stride) {
   typename Ops::F sum[MR][NT];
   for (int r = 0; r < MR; r++) {
-    for (int j = 0; j < NT; j++) sum[r][j] = Ops::zero_f();
+    for (int j = 0; j < NT; j++)
+      sum[r][j] = p.accumulate ? Ops::load_f(out + r * out_stride + j * kPanelColumns) : Ops::zero_f();
   }
   const uint8_t *rows = address.data;
   const uint8_t *tiles = p.tiles;

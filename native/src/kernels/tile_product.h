@@ -117,7 +117,7 @@ static void tile_run(const Product &p, TileState &state, int first_tile, int ste
     const uint8_t *ahead = data + (int64_t)kBlockRows * gemm.steps * kStepBytes;  // the next tile of rows
     float *target = out + (row - first) * kRowFloats;
     if (whole) {
-      if (step0 == 0) {
+      if (step0 == 0 && !p.accumulate) {
         KTK_TILE_ZERO(file, 0);
         if constexpr (NT > 1) KTK_TILE_ZERO(file, 1);
         if constexpr (NT > 2) KTK_TILE_ZERO(file, 2);

@@ -33,18 +33,30 @@ struct StageInfo {
 
 // In the order of Stage.
 constexpr StageInfo kStages[] = {
-    {"section", "compute"},   // work without a name of its own
-    {"route", "compute"},     // which rows each expert computes
-    {"quantise", "compute"},  // the tokens
-    {"gather", "compute"},    // rows of experts with several tokens
-    {"gate_up", "compute"},   // both projections and the activation
-    {"down", "compute"},      // projection and weighted sum
-    {"merge", "compute"},     // sum over the shards
-    {"pack", "compute"},      // weights of one expert
-    {"forward", "host"},      // one batch through one layer
-    {"task", "host"},         // of the caller, on the queue's thread
-    {"wait", "host"},         // whoever opened a section waits for its last unit
-    {"sync", "host"},         // waits for the queue
+    {"section", "compute"},           // work without a name of its own
+    {"route", "compute"},             // which rows each expert computes
+    {"quantise", "compute"},          // the tokens
+    {"gather", "compute"},            // rows of experts with several tokens
+    {"gate_up", "compute"},           // both projections and the activation
+    {"down", "compute"},              // projection and weighted sum
+    {"merge", "compute"},             // sum over the shards
+    {"pack", "compute"},              // weights of one expert
+    {"lora_pack", "compute"},         // adapters as operands of the products
+    {"lora_input", "compute"},        // tokens through the A of gate and up
+    {"lora_middle", "compute"},       // the intermediate through the A of down
+    {"grad_input", "compute"},        // gradient of the output, by expert
+    {"grad_lora_input", "compute"},   // the same through the B of down
+    {"grad_down", "compute"},         // back through the down projection and the activation
+    {"grad_lora_middle", "compute"},  // gradient of gate and up through their B
+    {"grad_gate_up", "compute"},      // back through gate and up, summed by token
+    {"grad_merge", "compute"},        // sums over the shards
+    {"grad_lora", "compute"},         // gradients of the adapters
+    {"grad_base", "compute"},         // gradients of the weights
+    {"forward", "host"},              // one batch through one layer
+    {"backward", "host"},             // the way back of one batch through one layer
+    {"task", "host"},                 // of the caller, on the queue's thread
+    {"wait", "host"},                 // whoever opened a section waits for its last unit
+    {"sync", "host"},                 // waits for the queue
 };
 static_assert(sizeof(kStages) / sizeof(kStages[0]) == static_cast<size_t>(Stage::count),
               "each stage has an entry");

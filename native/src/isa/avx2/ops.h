@@ -40,6 +40,13 @@ struct Avx2Ops {
   // Rows from which an expert goes to matrix units; 0: there are none.
   static constexpr int32_t kTileRows = 0;
 
+  // Rows side by side of bf16 products whose weights are split into fp32 first, and how many rows that takes
+  // to pay: 3 rows x 2 tiles x 2 registers of sums leave one for weights and three for activations.
+  static constexpr int kExpandedRows = 3;
+  static constexpr int kExpandedLeast = 12;
+  static constexpr int kExpandedBytes =
+      3 << 17;  // of rows in one pass, where the second-level cache has 512 KiB
+
   KTK_INLINE F zero_f() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   KTK_INLINE F set1_f(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
   KTK_INLINE F load_f(const float *p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
@@ -79,6 +86,34 @@ struct Avx2Ops {
   KTK_INLINE I and_i(I a, I b) { return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high)}; }
   KTK_INLINE I max_i(I a, I b) { return {_mm256_max_epi32(a.low, b.low), _mm256_max_epi32(a.high, b.high)}; }
   KTK_INLINE I shift_left_4(I a) { return {_mm256_slli_epi32(a.low, 4), _mm256_slli_epi32(a.high, 4)}; }
+  KTK_INLINE I mul_i(I a, I b) {
+    return {_mm256_mullo_epi32(a.low, b.low), _mm256_mullo_epi32(a.high, b.high)};
+  }
+  KTK_INLINE I xor_i(I a, I b) { return {_mm256_xor_si256(a.low, b.low), _mm256_xor_si256(a.high, b.high)}; }
+  KTK_INLINE I shift_left_16(I a) { return {_mm256_slli_epi32(a.low, 16), _mm256_slli_epi32(a.high, 16)}; }
+  KTK_INLINE I shift_right_i(I a, int count) {
+    return {_mm256_srli_epi32(a.low, count), _mm256_srli_epi32(a.high, count)};
+  }
+  KTK_INLINE void transpose_pairs(const uint8_t *rows, uint8_t *to) {
+    const __m256i regroup = _mm256_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15, 0, 1, 4, 5,
+                                             2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+    for (int p = 0; p < 8; p += 4) {
+      for (int m = 0; m < 8; m += 4) {
+        __m256i r[4];
+        for (int i = 0; i < 4; i++) {
+          const __m256i row = _mm256_loadu_si256((const __m256i *)(rows + (p + i) * 64 + m * 8));
+          r[i] = _mm256_shuffle_epi8(row, regroup);
+        }
+        const __m256i even01 = _mm256_unpacklo_epi64(r[0], r[1]), odd01 = _mm256_unpackhi_epi64(r[0], r[1]);
+        const __m256i even23 = _mm256_unpacklo_epi64(r[2], r[3]), odd23 = _mm256_unpackhi_epi64(r[2], r[3]);
+        uint8_t *target = to + m * 64 + p * 8;
+        _mm256_storeu_si256((__m256i *)target, _mm256_permute2x128_si256(even01, even23, 0x20));
+        _mm256_storeu_si256((__m256i *)(target + 64), _mm256_permute2x128_si256(odd01, odd23, 0x20));
+        _mm256_storeu_si256((__m256i *)(target + 128), _mm256_permute2x128_si256(even01, even23, 0x31));
+        _mm256_storeu_si256((__m256i *)(target + 192), _mm256_permute2x128_si256(odd01, odd23, 0x31));
+      }
+    }
+  }
   KTK_INLINE I shift_left_23(I a) { return {_mm256_slli_epi32(a.low, 23), _mm256_slli_epi32(a.high, 23)}; }
   KTK_INLINE int32_t reduce_add_i(I a) {
     const __m256i eight = _mm256_add_epi32(a.low, a.high);
@@ -114,6 +149,10 @@ struct Avx2Ops {
     const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
     const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
+  }
+  KTK_INLINE I join_bf16(F even, F odd) {
+    return {_mm256_or_si256(round_to_bf16(even.low), _mm256_slli_epi32(round_to_bf16(odd.low), 16)),
+            _mm256_or_si256(round_to_bf16(even.high), _mm256_slli_epi32(round_to_bf16(odd.high), 16))};
   }
   KTK_INLINE void store_bf16(uint16_t *p, F v) {
     const __m256i packed = _mm256_packus_epi32(round_to_bf16(v.low), round_to_bf16(v.high));
@@ -191,6 +230,16 @@ struct Avx2Ops {
     const __m256i pair = _mm256_set1_epi32(load_quad(activations));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(pair, 16)),
             _mm256_castsi256_ps(_mm256_and_si256(pair, _mm256_set1_epi32((int)0xffff0000)))};
+  }
+  // One of the two, in all lanes.
+  KTK_INLINE F even_bf16(const uint8_t *activations) {
+    const __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_set1_epi32(load_quad(activations)), 16));
+    return {even, even};
+  }
+  KTK_INLINE F odd_bf16(const uint8_t *activations) {
+    const __m256 odd = _mm256_castsi256_ps(
+        _mm256_and_si256(_mm256_set1_epi32(load_quad(activations)), _mm256_set1_epi32((int)0xffff0000)));
+    return {odd, odd};
   }
   KTK_INLINE F dot_bf16(F sum, WB weights, AB pair) {
     return fma(weights.odd, {pair.odd, pair.odd}, fma(weights.even, {pair.even, pair.even}, sum));

@@ -38,6 +38,7 @@ struct Avx512Ops {
   static constexpr int kTallMaxRows = 8;
   // Rows from which an expert goes to matrix units; 0: there are none.
   static constexpr int32_t kTileRows = 0;
+  static constexpr int kExpandedRows = 0;  // bf16 products use their operands as they are
 
   KTK_INLINE F zero_f() { return _mm512_setzero_ps(); }
   KTK_INLINE F set1_f(float value) { return _mm512_set1_ps(value); }
@@ -61,6 +62,33 @@ struct Avx512Ops {
   KTK_INLINE I and_i(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
   KTK_INLINE I max_i(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }
   KTK_INLINE I shift_left_4(I a) { return {_mm512_slli_epi32(a.v, 4)}; }
+  KTK_INLINE I mul_i(I a, I b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+  KTK_INLINE I xor_i(I a, I b) { return {_mm512_xor_si512(a.v, b.v)}; }
+  KTK_INLINE I shift_left_16(I a) { return {_mm512_slli_epi32(a.v, 16)}; }
+  KTK_INLINE I shift_right_i(I a, int count) { return {_mm512_srli_epi32(a.v, (unsigned)count)}; }
+  KTK_INLINE void transpose_pairs(const uint8_t *rows, uint8_t *to) {
+    const __m512i regroup =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+    __m512i r[8], pairs[8], fours[8];
+    for (int i = 0; i < 8; i++) r[i] = _mm512_shuffle_epi8(_mm512_loadu_si512(rows + i * 64), regroup);
+    // Of rows i and i + 1: the even groups of both, then the odd ones.
+    for (int i = 0; i < 8; i += 2) {
+      pairs[i] = _mm512_unpacklo_epi64(r[i], r[i + 1]);
+      pairs[i + 1] = _mm512_unpackhi_epi64(r[i], r[i + 1]);
+    }
+    // Lane l of pairs[i] holds group 2l (or 2l + 1) of two rows; four lanes of one group make a row.
+    for (int parity = 0; parity < 2; parity++) {
+      const __m512i a = pairs[parity], b = pairs[parity + 2], c = pairs[parity + 4], d = pairs[parity + 6];
+      fours[0] = _mm512_shuffle_i64x2(a, b, 0x88);  // groups 0 and 2 of a, then of b
+      fours[1] = _mm512_shuffle_i64x2(a, b, 0xdd);
+      fours[2] = _mm512_shuffle_i64x2(c, d, 0x88);
+      fours[3] = _mm512_shuffle_i64x2(c, d, 0xdd);
+      _mm512_storeu_si512(to + parity * 64, _mm512_shuffle_i64x2(fours[0], fours[2], 0x88));
+      _mm512_storeu_si512(to + (parity + 2) * 64, _mm512_shuffle_i64x2(fours[1], fours[3], 0x88));
+      _mm512_storeu_si512(to + (parity + 4) * 64, _mm512_shuffle_i64x2(fours[0], fours[2], 0xdd));
+      _mm512_storeu_si512(to + (parity + 6) * 64, _mm512_shuffle_i64x2(fours[1], fours[3], 0xdd));
+    }
+  }
   KTK_INLINE I shift_left_23(I a) { return {_mm512_slli_epi32(a.v, 23)}; }
   KTK_INLINE int32_t reduce_add_i(I a) { return _mm512_reduce_add_epi32(a.v); }
   KTK_INLINE int32_t reduce_max_i(I a) { return _mm512_reduce_max_epi32(a.v); }
@@ -73,13 +101,20 @@ struct Avx512Ops {
     const __m256i halves = _mm256_loadu_si256((const __m256i *)p);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
   }
-  KTK_INLINE void store_bf16(uint16_t *p, F v) {
+  // Each lane's bf16 in its high half, rounded to nearest even; a NaN stays one and becomes quiet.
+  KTK_INLINE __m512i round_to_bf16(F v) {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    const __m512i result = _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), bits,
-                                                _mm512_set1_epi32(0x400000));
-    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16)));
+    return _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), bits,
+                                _mm512_set1_epi32(0x400000));
+  }
+  KTK_INLINE I join_bf16(F even, F odd) {
+    const __m512i low = _mm512_srli_epi32(round_to_bf16(even), 16);
+    return {_mm512_mask_blend_epi16(0xaaaaaaaau, low, round_to_bf16(odd))};
+  }
+  KTK_INLINE void store_bf16(uint16_t *p, F v) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_to_bf16(v), 16)));
   }
   KTK_INLINE F load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
   KTK_INLINE void store_f16(uint16_t *p, F v) {

@@ -32,6 +32,7 @@ struct PortableOps {
   static constexpr int kTallMaxRows = 4;
   // Rows from which an expert goes to matrix units; 0: there are none.
   static constexpr int32_t kTileRows = 0;
+  static constexpr int kExpandedRows = 0;  // bf16 products use their operands as they are
 
   KTK_INLINE F zero_f() { return F{}; }
   KTK_INLINE F set1_f(float value) { return F{} + value; }
@@ -69,7 +70,19 @@ struct PortableOps {
   KTK_INLINE I and_i(I a, I b) { return a & b; }
   KTK_INLINE I max_i(I a, I b) { return a > b ? a : b; }
   KTK_INLINE I shift_left_4(I a) { return a << 4; }
+  // Modulo 2^32.
+  KTK_INLINE I mul_i(I a, I b) {
+    typedef uint32_t U __attribute__((vector_size(64)));
+    return (I)((U)a * (U)b);
+  }
+  KTK_INLINE I xor_i(I a, I b) { return a ^ b; }
+  KTK_INLINE I shift_left_16(I a) { return a << 16; }
   KTK_INLINE I shift_left_23(I a) { return a << 23; }
+  // Logical, of 0 < count < 32.
+  KTK_INLINE I shift_right_i(I a, int count) {
+    typedef uint32_t U __attribute__((vector_size(64)));
+    return (I)((U)a >> (uint32_t)count);
+  }
   KTK_INLINE int32_t reduce_add_i(I a) {
     int32_t sum = 0;
     for (int n = 0; n < 16; n++) sum += a[n];
@@ -141,6 +154,29 @@ struct PortableOps {
     for (int column = 0; column < 16; column++) {
       for (int row = 0; row < 16; row++) columns[column * 16 + row] = rows[row][column];
     }
+  }
+  // 8 rows of 8 groups of 4 bf16 [a0 a1 b0 b1]: regroups each as [a0 b0 a1 b1] and transposes the groups.
+  KTK_INLINE void transpose_pairs(const uint8_t *rows, uint8_t *to) {
+    for (int p = 0; p < 8; p++) {
+      for (int m = 0; m < 8; m++) {
+        uint16_t group[4], regrouped[4];
+        __builtin_memcpy(group, rows + p * 64 + m * 8, 8);
+        regrouped[0] = group[0];
+        regrouped[1] = group[2];
+        regrouped[2] = group[1];
+        regrouped[3] = group[3];
+        __builtin_memcpy(to + m * 64 + p * 8, regrouped, 8);
+      }
+    }
+  }
+  // Words of two bf16, `even` in the low half, rounded as store_bf16 does.
+  KTK_INLINE I join_bf16(F even, F odd) {
+    uint16_t low[16], high[16];
+    store_bf16(low, even);
+    store_bf16(high, odd);
+    I words;
+    for (int n = 0; n < 16; n++) words[n] = (int32_t)((uint32_t)high[n] << 16 | low[n]);
+    return words;
   }
   // The low byte of each lane.
   KTK_INLINE void store_low_bytes(uint8_t *p, I v) {

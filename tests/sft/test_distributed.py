@@ -1,0 +1,166 @@
+"""Two ranks against one, with the experts on rank 0 only; and what happens when a rank fails."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import ktk
+from ktk.sft import kt_adapt_peft_lora
+from ktk.sft.modules import moe_layers
+from sft.models import batch, draw_adapters, eager, trained, with_peft, wrap
+from sft.ranks import TOKENS
+
+TESTS = Path(__file__).resolve().parent.parent
+FAILURE_LIMIT_S = 30.0
+
+
+TOGETHER = (
+    "ddp",
+    "ddp_checkpointed",
+    "fsdp2",
+    "alone",
+    "tokens",
+    "wrong_dtype",
+    "too_many_tokens",
+    "nan_gradient",
+    "other_layer",
+    "elsewhere",
+    # The last, because one rank is gone afterwards.
+    "dies",
+)
+
+
+def run(cases: str, folder: Path, world: int = 2) -> tuple[list[int], float]:
+    """Exit codes of all ranks, and the seconds between the first end and the last."""
+    path = os.pathsep.join([str(Path(ktk.__file__).parent.parent), str(TESTS)])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    program = str(TESTS / "sft" / "ranks.py")
+    ends: dict[int, float] = {}
+    with (folder / "log").open("wb") as log:
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, program, cases, str(rank), str(world), str(folder)],
+                env=environment,
+                cwd=folder,
+                stderr=log,
+            )
+            for rank in range(world)
+        ]
+        deadline = time.monotonic() + 240
+        try:
+            while len(ends) < world and time.monotonic() < deadline:
+                ends |= {p.pid: time.monotonic() for p in ranks if p.poll() is not None and p.pid not in ends}
+                time.sleep(0.05)
+            assert len(ends) == world, "a rank hangs\n" + (folder / "log").read_text()
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+    return [process.returncode for process in ranks], max(ends.values()) - min(ends.values())
+
+
+def errors_of(folder: Path) -> list[str]:
+    return [
+        path.read_text() if path.exists() else "" for path in (folder / f"error-{rank}" for rank in (0, 1))
+    ]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where the files of each case are, how the ranks ended, and how far apart."""
+
+    folder: Path
+    codes: list[int]
+    apart_s: float
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """All cases in one pair of processes: a failure that all ranks know of leaves them usable."""
+    folder = tmp_path_factory.mktemp("ranks")
+    codes, apart_s = run(",".join(TOGETHER), folder)
+    return Outcome(folder, codes, apart_s)
+
+
+@pytest.fixture
+def together(outcome: Outcome) -> Path:
+    return outcome.folder
+
+
+def expected_gradients(fused: bool) -> dict[str, torch.Tensor]:
+    """Of one process for the mean of the losses that the ranks have."""
+    model = wrap(eager("qwen3_moe"))
+    adapted = with_peft(model, target_parameters=None) if fused else with_peft(model)
+    data = batch(0, rows=4, columns=12)
+    for rank in range(2):
+        mine = {name: tensor[2 * rank : 2 * rank + 2] for name, tensor in data.items()}
+        (adapted(**mine).loss / 2).backward()
+    return {name: p.grad for name, p in trained(adapted).items() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("case", "fused"), [("ddp", False), ("ddp_checkpointed", True), ("fsdp2", True), ("alone", False)]
+)
+def test_gradients_of_two_ranks_are_those_of_one(case: str, fused: bool, together: Path) -> None:
+    assert errors_of(together / case) == ["", ""]
+    actual = torch.load(together / case / "gradients.pt")
+    expected = expected_gradients(fused)
+    assert actual.keys() == expected.keys()
+    for name, wanted in expected.items():
+        # The same products in the same precision; sums over tokens are made in another order.
+        assert (actual[name] - wanted).norm() <= 2e-3 * wanted.norm() + 1e-7, name
+
+
+def test_any_number_of_tokens_a_rank(together: Path) -> None:
+    assert errors_of(together / "tokens") == ["", ""]
+    model = wrap(eager("qwen3_moe"))
+    kt_adapt_peft_lora(model)
+    draw_adapters(model)
+    experts = moe_layers(model)[0][1].experts
+    for name, counts in TOKENS.items():
+        generator = torch.Generator().manual_seed(7)
+        x = torch.randn(sum(counts), 72, generator=generator).requires_grad_()
+        ids = torch.randint(6, (sum(counts), 3), generator=generator)
+        weights = torch.rand(sum(counts), 3, generator=generator).requires_grad_()
+        output = experts(x, ids, weights)
+        (output * output).sum().backward()
+        parts = [torch.load(together / "tokens" / f"{name}-{rank}.pt") for rank in range(2)]
+        assert [len(part[0]) for part in parts] == list(counts)
+        for actual, wanted in zip(zip(*parts, strict=True), (output, x.grad, weights.grad), strict=True):
+            assert wanted is not None
+            assert torch.equal(torch.cat(actual), wanted.detach())
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("wrong_dtype", "rank 1: .*torch.float64"),
+        ("too_many_tokens", "600 tokens|1200 tokens"),
+        ("nan_gradient", "rank 1: .*holds NaN"),
+        ("other_layer", "layer differ"),
+    ],
+)
+def test_a_failure_reaches_every_rank(case: str, message: str, together: Path) -> None:
+    for error in errors_of(together / case):
+        assert error.startswith("KTAMXDistributedError") and re.search(message, error), error
+
+
+def test_a_failure_elsewhere_ends_the_wait_at_the_experts(together: Path) -> None:
+    waiting, failed = errors_of(together / "elsewhere")
+    assert waiting.startswith("KTAMXDistributedError") and "rank 1: RuntimeError: no more data" in waiting
+    assert failed == "RuntimeError: no more data"
+
+
+def test_a_rank_that_dies_takes_the_others_down(outcome: Outcome) -> None:
+    assert outcome.codes == [0, 3]
+    assert "lost another rank" in errors_of(outcome.folder / "dies")[0]
+    assert outcome.apart_s < FAILURE_LIMIT_S
