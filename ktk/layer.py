@@ -17,7 +17,7 @@ from ktk import _native, ops
 from ktk.buffers import BufferLifetimes, KExpertsCPUBuffer, stream_address, to_device, to_host
 from ktk.config import MAX_INT32, LayerConfig, checked_int
 from ktk.errors import KtkArgumentError, KtkStateError
-from ktk.runtime import CPUInfer, WorkerPoolConfig, default_threads
+from ktk.runtime import CPUInfer, WorkerPoolConfig, default_threads, nodes_with_cpus
 from ktk.weights.checkpoint import Checkpoint, ExpertWeights
 from ktk.weights.packed import PackedFile, PackedLayer, PackedWriter
 
@@ -55,7 +55,8 @@ def shared_cpu_infer(
     threadpool_count : int, optional
         Number of subpools; default: as many as `numa_nodes`, or one for each NUMA node with CPUs.
     numa_nodes : sequence of int, optional
-        NUMA node of each subpool; default: 0, 1, 2 ...
+        NUMA node of each subpool; default: the first nodes with CPUs, if there are as many as subpools;
+        otherwise as `WorkerPoolConfig` has it.
 
     Returns
     -------
@@ -85,9 +86,12 @@ def shared_cpu_infer(
                 f"got {threads}"
             )
         share, remainder = divmod(threads, count)
+        if nodes is None:
+            found_nodes = nodes_with_cpus()
+            nodes = found_nodes[:count] if len(found_nodes) >= count else []
         config = WorkerPoolConfig(
             subpool_count=count,
-            subpool_numa_map=nodes or [],
+            subpool_numa_map=nodes,
             subpool_thread_count=[share + (index < remainder) for index in range(count)],
         )
     key = (tuple(config.subpool_numa_map), tuple(config.subpool_thread_count))

@@ -151,7 +151,7 @@ class WorkerPoolConfig:
             raise TypeError(f"threads must be an int, got {type(threads).__name__}")
         if threads < 1:
             raise KtkArgumentError(f"threads must be at least 1, got {threads}")
-        nodes = _nodes_with_cpus()[:threads]
+        nodes = nodes_with_cpus()[:threads]
         share, remainder = divmod(threads, len(nodes))
         return cls(
             subpool_count=len(nodes),
@@ -189,7 +189,8 @@ def _one_each(name: str, values: Sequence[int], count: int) -> list[int]:
     return chosen
 
 
-def _nodes_with_cpus() -> list[int]:
+def nodes_with_cpus() -> list[int]:
+    """NUMA nodes with CPUs that the process may use, in order; [0] where none is known."""
     nodes = json.loads(_native.machine_json())["nodes"]
     return [node["id"] for node in nodes if node["cpus_allowed"]] or [0]
 

@@ -167,7 +167,9 @@ def test_a_signal_ends_the_process(state: str) -> None:
 
 
 def test_an_interrupt_reaches_the_thread_that_waits() -> None:
+    # A shell ignores SIGINT in what it starts in the background, and children inherit that.
     process = when_ready("""
+signal.signal(signal.SIGINT, signal.default_int_handler)
 print('ready', flush=True)
 try:
     for _ in range(100):

@@ -103,7 +103,7 @@ class Layer:
 def test_threads_are_split_evenly_and_the_first_take_the_remainder(
     threads: int, nodes: list[int], expected: tuple[list[int], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "_nodes_with_cpus", lambda: nodes)
+    monkeypatch.setattr(runtime, "nodes_with_cpus", lambda: nodes)
     made = WorkerPoolConfig.from_threads(threads)
     assert (made.subpool_count, made.subpool_numa_map, made.subpool_thread_count) == (
         len(expected[0]),
