@@ -129,12 +129,36 @@ void Moe::require_loaded(const Route &route) const {
 
 void Moe::prepare(Batch &batch) const {
   batch.shards.resize(static_cast<size_t>(store_.shard_count()));
-  const int64_t panels = divide_up(config_.hidden_size, kPanelColumns);
-  // Decode wants a unit for every worker, prefill wants rows of activations to meet several panels.
-  const int64_t threads = context_->pool.thread_count();
-  batch.down_panels = std::clamp<int64_t>(panels / (threads * 4), 2, 4);
+  batch.down_panels = down_panels(batch.route);
   place(batch, true);
   place(batch, false);
+}
+
+// Decode wants a unit for every worker, prefill wants rows of activations to meet several panels.
+int64_t Moe::down_panels(const Route &route) const {
+  const int64_t panels = divide_up(config_.hidden_size, kPanelColumns);
+  const int64_t threads = context_->pool.thread_count();
+  const auto rows = static_cast<int64_t>(route.tokens.size());
+  if (kernels_.tile_rows == 0 || rows < int64_t{kBlockRows} * static_cast<int64_t>(route.experts.size()))
+    return std::clamp<int64_t>(panels / (threads * 4), 2, 4);
+  // Matrix units load each row again for every unit of work: what 4 and 2 panels reach against 8, weighed
+  // against the workers that are left without a last unit.
+  struct Choice {
+    int64_t panels;
+    double speed;
+  };
+  int64_t best = 2;
+  double most = 0;
+  for (const Choice choice : {Choice{8, 1.0}, Choice{4, 0.85}, Choice{2, 0.7}}) {
+    const int64_t units = divide_up(panels, choice.panels);
+    const double speed =
+        choice.speed * static_cast<double>(units) / static_cast<double>(divide_up(units, threads) * threads);
+    if (speed > most) {
+      most = speed;
+      best = choice.panels;
+    }
+  }
+  return best;
 }
 
 void Moe::place(Batch &batch, bool measuring) const {

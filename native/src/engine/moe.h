@@ -43,6 +43,7 @@ class Moe {
   struct Batch;
   void require_loaded(const Route &route) const;
   void prepare(Batch &batch) const;
+  int64_t down_panels(const Route &route) const;
   void place(Batch &batch, bool measuring) const;
   void quantise(Batch &batch) const;
   void gather(Batch &batch) const;

@@ -8,6 +8,7 @@ struct Bf16 {
   static constexpr int kStepColumns = 32;
   static constexpr int kTileBytes = 1024;
   static constexpr bool kInteger = false;
+  static constexpr bool kExpands = false;
   static constexpr int kZeroPoint = 0;
   static constexpr Multiply kMultiply = Multiply::bf16;
   // The smallest fp32 magnitude that has no finite bf16.
@@ -24,11 +25,6 @@ struct Bf16 {
         for (int j = 0; j < NT; j++) sum[r][j] = Ops::dot_bf16(sum[r][j], weights[j], activations);
       }
     }
-  }
-
-  template <class Ops>
-  KTK_INLINE const uint8_t *tile_operand(const uint8_t *tile, uint8_t *) {
-    return tile;
   }
 
   // Columns 2 `pair` and 2 `pair` + 1 of the 16 rows.

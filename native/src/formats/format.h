@@ -7,7 +7,8 @@
 //   kInteger         int8 activations with scales, or bf16 ones without
 //   kZeroPoint       integer formats: the stored value that means 0 (symmetric weights)
 //   step             adds one step of MR activation rows (64 bytes apart) times NT tiles
-//   tile_operand     the tile as a matrix-unit operand: itself, or expanded into the given 1024 bytes
+//   kExpands         whether a tile must be expanded to be a matrix-unit operand
+//   expand_tile      if so: into the given 1024 bytes
 //   pack             16 output rows into tiles, scales and zero points; 1 if a weight or a
 //                    scale is not finite
 //

@@ -19,6 +19,7 @@ struct Int4 {
   static constexpr int kStepColumns = 64;
   static constexpr int kTileBytes = 512;
   static constexpr bool kInteger = true;
+  static constexpr bool kExpands = true;
   static constexpr int kZeroPoint = 8;
   static constexpr Multiply kMultiply = Multiply::nibble;
 
@@ -56,13 +57,12 @@ struct Int4 {
 
   // Expands nibbles to bytes: quads 0-7 from the low ones, 8-15 from the high ones.
   template <class Ops>
-  KTK_INLINE const uint8_t *tile_operand(const uint8_t *tile, uint8_t *scratch) {
+  KTK_INLINE void expand_tile(const uint8_t *tile, uint8_t *operand) {
     for (int quad = 0; quad < 8; quad++) {
       const typename Ops::I bytes = Ops::load_i(tile + quad * 64);
-      Ops::store_i(scratch + quad * 64, Ops::low_nibbles(bytes));
-      Ops::store_i(scratch + (quad + 8) * 64, Ops::high_nibbles(bytes));
+      Ops::store_i(operand + quad * 64, Ops::low_nibbles(bytes));
+      Ops::store_i(operand + (quad + 8) * 64, Ops::high_nibbles(bytes));
     }
-    return scratch;
   }
 
   // Columns 2 `pair` and 2 `pair` + 1 of the 16 rows, less their zero points, in sixteenths, and before the

@@ -11,6 +11,7 @@ struct Int8 {
   static constexpr int kStepColumns = 64;
   static constexpr int kTileBytes = 1024;
   static constexpr bool kInteger = true;
+  static constexpr bool kExpands = false;
   static constexpr int kZeroPoint = 128;
   static constexpr Multiply kMultiply = Multiply::byte;
 
@@ -32,11 +33,6 @@ struct Int8 {
                        int64_t tile_stride_bytes) {
     quads<Ops, NT, MR>(sum[0], rows, tiles, tile_stride_bytes, 0, rolled(16 / Halves));
     if constexpr (Halves == 2) quads<Ops, NT, MR>(sum[1], rows, tiles, tile_stride_bytes, 8, rolled(16));
-  }
-
-  template <class Ops>
-  KTK_INLINE const uint8_t *tile_operand(const uint8_t *tile, uint8_t *) {
-    return tile;
   }
 
   // Columns 2 `pair` and 2 `pair` + 1 of the 16 rows, before the scale.

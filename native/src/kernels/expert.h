@@ -16,13 +16,14 @@ KTK_INLINE bool uses_tiles(int32_t rows, int32_t strict) {
   return Ops::kTileRows > 0 && (rows >= Ops::kTileRows || (strict && !Format::kInteger));
 }
 
-// Rows of one pass: on matrix units, passes of equal height whose sums take half of a 2 MiB second-level
-// cache; on vectors, as many rows as take half of it themselves, or what kExpandedBytes says.
+// Rows of one pass: on matrix units, passes of equal height in whole panels of rows; on vectors, as many rows
+// as take half of it themselves, or what kExpandedBytes says.
 template <class Ops, class Format>
 KTK_INLINE int pass_rows(const Gemm &gemm, bool tiles, int rows) {
   if (tiles) {
-    const int passes = (rows + kPassRows - 1) / kPassRows;
-    return (rows + passes * kBlockRows - 1) / (passes * kBlockRows) * kBlockRows;
+    constexpr int kPanelRows = kTileBlocks * kBlockRows;
+    const int passes = (rows + kTilePassRows - 1) / kTilePassRows;
+    return (rows + passes * kPanelRows - 1) / (passes * kPanelRows) * kPanelRows;
   }
   int bytes = 1 << 20;
   if constexpr (!Format::kInteger && Ops::kExpandedRows > 0) bytes = Ops::kExpandedBytes;
@@ -30,9 +31,9 @@ KTK_INLINE int pass_rows(const Gemm &gemm, bool tiles, int rows) {
   return fitting < 2 * kGroupRows ? 2 * kGroupRows : least(fitting, kPassRows);
 }
 
-// Tiles [0, tile_count) of a product, and of `lora` on top of it unless that is null, in runs of NT: calls
-// use(tile, row, sums [tiles of the run][16]) for the first tile of each run and each row of [first, last),
-// which begins a block. `scratch`: kSumFloats.
+// Tiles [0, tile_count) of a product, and of `lora` on top of it unless that is null, some at a time: calls
+// use(first of them, how many, row, sums, stride) for each row of [first, last), which begins a block; 16
+// sums of one tile lie together, `stride` floats from those of the next. `scratch`: kSumFloats.
 template <class Ops, class Format, class Use>
 KTK_INLINE void product(const Product &p, bool tiles, int tile_count, int first, int last, float *scratch,
                         Use use, const Product *lora = nullptr) {
@@ -40,11 +41,11 @@ KTK_INLINE void product(const Product &p, bool tiles, int tile_count, int first,
   if (tiles) {
     tile_product<Ops, Format>(p, tile_count, first, last, scratch);
     if (lora != nullptr) tile_product<Ops, Bf16>(*lora, tile_count, first, last, scratch);
-    for (int tile = 0; tile < tile_count; tile += kRunTiles) {
-      const int width = least(tile_count - tile, kRunTiles) * kPanelColumns;
-      const float *sums = scratch + (int64_t)tile * kPanelColumns * (last - first);
-      for (int row = first; row < last; row++)
-        use(tile, least(tile_count - tile, kRunTiles), row, sums + (row - first) * width);
+    for (int row = first; row < last; row++) {
+      const int index = row - first;
+      use(0, tile_count, row,
+          tile_sums(scratch, index / kBlockRows, tile_count, 0) + index % kBlockRows * kPanelColumns,
+          kSumTileFloats);
     }
     return;
   }
@@ -66,7 +67,7 @@ KTK_INLINE void product(const Product &p, bool tiles, int tile_count, int first,
         run(pair);
         if (lora != nullptr) run(lora->from_tile(tile));
         for (int row = first; row < last; row++)
-          use(tile, count, row, scratch + (row - first) * count * kPanelColumns);
+          use(tile, count, row, scratch + (row - first) * count * kPanelColumns, kPanelColumns);
         continue;
       }
     }
@@ -89,7 +90,7 @@ KTK_INLINE void product(const Product &p, bool tiles, int tile_count, int first,
         }
       }
       for (int row = group; row < stop; row++)
-        use(tile, count, row, scratch + (row - group) * count * kPanelColumns);
+        use(tile, count, row, scratch + (row - group) * count * kPanelColumns, kPanelColumns);
     }
   }
 }
@@ -155,11 +156,11 @@ static void gate_up(const GateUpArgs *args) {
       const int pass_stop = least(pass + rows_of_pass, args->rows);
       product<Ops, Format>(
           p, tiles, tile_count, pass, pass_stop, args->scratch,
-          [&](int tile, int count, int row, const float *sums) {
+          [&](int tile, int count, int row, const float *sums, int64_t stride) {
             for (int j = 0; j < count; j += 2) {
               const int column = (tile + j) / 2 * kPanelColumns;
-              typename Ops::F gate = Ops::load_f(sums + j * kPanelColumns);
-              typename Ops::F up = Ops::load_f(sums + (j + 1) * kPanelColumns);
+              typename Ops::F gate = Ops::load_f(sums + j * stride);
+              typename Ops::F up = Ops::load_f(sums + (j + 1) * stride);
               if (args->gate_bias != nullptr)
                 gate = Ops::add(gate, Ops::load_f(args->gate_bias + group + column));
               if (args->up_bias != nullptr) up = Ops::add(up, Ops::load_f(args->up_bias + group + column));
@@ -222,11 +223,11 @@ static void down(const DownArgs *args) {
   for (int pass = 0; pass < args->rows; pass += rows_of_pass) {
     product<Ops, Format>(
         p, tiles, panels, pass, least(pass + rows_of_pass, args->rows), args->scratch,
-        [&](int tile, int count, int row, const float *sums) {
+        [&](int tile, int count, int row, const float *sums, int64_t stride) {
           const typename Ops::F weight = Ops::set1_f(args->expert_weights[row]);
           float *target = args->sum + ((int64_t)args->tokens[row] * panels + tile) * kPanelColumns;
           for (int j = 0; j < count; j++) {
-            typename Ops::F y = Ops::load_f(sums + j * kPanelColumns);
+            typename Ops::F y = Ops::load_f(sums + j * stride);
             if (args->bias != nullptr) {
               y = Ops::add(
                   y, load_values<Ops>(args->bias, KTK_DTYPE_F32,

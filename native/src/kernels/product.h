@@ -11,10 +11,13 @@
 #include "kernels/rows.h"
 
 constexpr int kGroupRows = 2 * kBlockRows;  // rows that one call of the vector kernels is given
-constexpr int kRunTiles = 4;                // tiles side by side in one call of the matrix-unit kernel
-// Steps of K whose weights stay in cache: 4 tiles by 4 steps are 16 KiB, a third of the first-level cache
-// that two hyper-threads share. Measured on Emerald Rapids: docs/benchmarks/log.md.
-constexpr int kTileBlockSteps = 4;
+
+// Matrix units: a panel of rows in one block of K is up to 4 tiles by 8 steps, 32 KiB, and a pass takes as
+// many rows as keep their sums in the second-level cache. Measured on Emerald Rapids: docs/benchmarks/log.md.
+constexpr int kTileBlocks = 4;
+constexpr int kTileBlockSteps = 8;
+constexpr int kTilePassRows = 256;
+constexpr int kMostTiles = 2 * kIntermediateGroup / kPanelColumns;  // side by side in one call
 
 KTK_INLINE int least(int a, int b) { return a < b ? a : b; }
 

@@ -1,34 +1,17 @@
 // The product by matrix units.
 //
-// K is cut into blocks; inside a block, the panels into runs of up to 4 tiles. The weights of a run (expanded
-// to bytes, for narrower formats) stay in the first-level cache while every tile of rows streams past them
-// from the second level; what has been summed so far waits in `out`. So each weight is read from memory once
-// a pass, and each tile of activations once a block, used for all panels of the pass:
+// K is cut into blocks. Within one, a panel of up to 4 tiles of rows stays in the first-level cache while the
+// weights stream past it, one tile at a time, each used for all rows of the panel; what has been summed so
+// far waits in `out`. Tiles are loaded once for every 1.25 products where a panel is whole, and each comes
+// from the second-level cache or nearer.
 //
-//   registers 0-3  accumulators, 16 rows by 16 columns each
-//             4-5  activations, by turns
-//             6-7  weights, by turns
+// Registers 0-3 hold sums, 4 the rows, 5 the weights. Of the others only 6 is ever used, for a block of fewer
+// than 16 rows: where two hyper-threads share a core, registers that hold nothing are what the processor
+// renames the others into, and a loop that loads tiles runs up to twice as fast with 6 registers as with 8
+// (docs/benchmarks/log.md).
 #pragma once
 
 #include "kernels/product.h"
-
-// Shapes the tiles for `rows` rows and operands of `depth_bytes` along K.
-KTK_INLINE TileConfig tile_shape(int rows, int depth_bytes) {
-  TileConfig config;
-  for (int i = 0; i < 4; i++) {
-    config.rows[i] = (uint8_t)rows;
-    config.row_bytes[i] = kPanelColumns * 4;
-  }
-  for (int i = 4; i < 6; i++) {
-    config.rows[i] = (uint8_t)rows;
-    config.row_bytes[i] = (uint16_t)depth_bytes;
-  }
-  for (int i = 6; i < 8; i++) {
-    config.rows[i] = (uint8_t)(depth_bytes / 4);
-    config.row_bytes[i] = kPanelColumns * 4;
-  }
-  return config;
-}
 
 #define KTK_TILE_DOT(file, sum, a, b)     \
   do {                                    \
@@ -39,150 +22,275 @@ KTK_INLINE TileConfig tile_shape(int rows, int depth_bytes) {
     }                                     \
   } while (0)
 
-// One step: a tile of rows in register `a` times NT tiles of weights.
-#define KTK_TILE_STEP(a, rows_address, weights)                                  \
-  do {                                                                           \
-    KTK_TILE_LOAD(file, 6, (weights)[0], 64);                                    \
-    KTK_TILE_LOAD(file, a, rows_address, kStepBytes);                            \
-    if constexpr (NT > 1) KTK_TILE_LOAD(file, 7, (weights)[NT > 1 ? 1 : 0], 64); \
-    KTK_TILE_DOT(file, 0, a, 6);                                                 \
-    if constexpr (NT > 2) KTK_TILE_LOAD(file, 6, (weights)[NT > 2 ? 2 : 0], 64); \
-    if constexpr (NT > 1) KTK_TILE_DOT(file, 1, a, 7);                           \
-    if constexpr (NT > 3) KTK_TILE_LOAD(file, 7, (weights)[NT > 3 ? 3 : 0], 64); \
-    if constexpr (NT > 2) KTK_TILE_DOT(file, 2, a, 6);                           \
-    if constexpr (NT > 3) KTK_TILE_DOT(file, 3, a, 7);                           \
+// Statements for each of COUNT accumulators; `number` must be a literal in them.
+#define KTK_TILE_EACH(COUNT, STATEMENT)      \
+  do {                                       \
+    STATEMENT(0);                            \
+    if constexpr ((COUNT) > 1) STATEMENT(1); \
+    if constexpr ((COUNT) > 2) STATEMENT(2); \
+    if constexpr ((COUNT) > 3) STATEMENT(3); \
   } while (0)
 
-KTK_INLINE void prefetch_tile(const uint8_t *tile) {
+constexpr int kSumTileFloats = kBlockRows * kPanelColumns;
+
+KTK_INLINE void prefetch_near(const uint8_t *tile) {
   for (int line = 0; line < 16; line++) __builtin_prefetch(tile + line * 64, 0, 3);
+}
+KTK_INLINE void prefetch_far(const uint8_t *tile) {
+  for (int line = 0; line < 16; line++) __builtin_prefetch(tile + line * 64, 0, 2);
 }
 
 struct TileState {
   [[maybe_unused]] TileFile file;
-  int shaped_rows = 0;  // what the registers are configured for
-  alignas(64) uint8_t expanded[kTileBlockSteps * kRunTiles][1024];
-  alignas(64) int32_t sums[kRunTiles * kBlockRows * kPanelColumns];
+  // What the registers are configured for.
+  int blocks = 0, last_rows = 0, depth_bytes = 0;
+  // Operands of one block of K, where weights are not stored as such: [tile][step].
+  alignas(64) uint8_t expanded[kMostTiles * kTileBlockSteps][1024];
+  alignas(64) int32_t sums[2][kTileBlocks * kSumTileFloats];
 };
 
-// Adds the exact sums of a segment for a tile of rows: sums [NT][16][16], out [rows][NT][16].
-template <class Ops, class Format, int NT, bool Asymmetric>
-KTK_INLINE void add_tile_segment(const Product &p, int first_tile, int segment, int first_row, int rows,
-                                 const int32_t *sums, float *out) {
+// A panel of rows: `blocks` blocks of 16, the last of `last_rows`.
+struct TilePanel {
+  int first_row, blocks, last_rows;
+};
+
+// Registers for the rows of a panel (`sums` tiles of them) and operands of `depth_bytes` along K.
+KTK_INLINE void shape_tiles(TileState &state, int blocks, int last_rows, int depth_bytes) {
+  if (state.blocks == blocks && state.last_rows == last_rows && state.depth_bytes == depth_bytes) return;
+  [[maybe_unused]] TileFile &file = state.file;
+  TileConfig config;
+  const auto shape = [&](int number, int rows, int row_bytes) {
+    config.rows[number] = (uint8_t)rows;
+    config.row_bytes[number] = (uint16_t)row_bytes;
+  };
+  for (int i = 0; i < blocks; i++) shape(i, i == blocks - 1 ? last_rows : kBlockRows, kPanelColumns * 4);
+  shape(4, kBlockRows, depth_bytes);
+  shape(5, depth_bytes / 4, kPanelColumns * 4);
+  shape(6, last_rows, depth_bytes);
+  KTK_TILE_CONFIGURE(file, config);
+  state.blocks = blocks;
+  state.last_rows = last_rows;
+  state.depth_bytes = depth_bytes;
+}
+
+// Weights of one tile in a block of K.
+struct TileColumn {
+  const uint8_t *data;
+  int64_t step_stride_bytes;
+};
+
+template <class Format>
+KTK_INLINE TileColumn tile_column(const Product &p, const TileState &state, int tile, int step0) {
+  if constexpr (Format::kExpands) return {state.expanded[tile * kTileBlockSteps], 1024};
+  return {p.tiles + p.tile_offset_bytes(tile) + step0 * p.step_stride_bytes, p.step_stride_bytes};
+}
+
+// Where the sums of a tile of columns for a block of rows lie: [block][tile][16][16].
+KTK_INLINE float *tile_sums(float *out, int block, int tile_count, int tile) {
+  return out + ((int64_t)block * tile_count + tile) * kSumTileFloats;
+}
+
+// Adds the exact sums of a segment, [rows][16], to the rows' outputs for one tile of columns; `out_stride`
+// floats from one block of rows to the next.
+template <class Ops, class Format, bool Asymmetric>
+KTK_INLINE void add_tile_segment(const Product &p, int tile, int segment, int first_row, int rows,
+                                 const int32_t *sums, float *out, int64_t out_stride) {
   const Gemm &gemm = *p.gemm;
+  const SegmentScale<Ops> scale = segment_scale<Ops>(p, segment, tile);
   const float *row_scale =
       p.rows.scale + (int64_t)first_row * gemm.row_groups + (segment >> gemm.row_group_shift);
   const int32_t *row_sum = p.rows.sum + (int64_t)first_row * gemm.segments + segment;
-  for (int j = 0; j < NT; j++) {
-    const SegmentScale<Ops> scale = segment_scale<Ops>(p, segment, first_tile + j);
-    for (int64_t r = 0; r < rows; r++) {
-      const int32_t sum_of_row = row_sum[r * gemm.segments];
-      const typename Ops::I sum = Ops::add_i(Ops::load_i(sums + (j * kBlockRows + r) * kPanelColumns),
-                                             segment_start<Ops, Format>(gemm, sum_of_row));
-      add_scaled<Ops, Asymmetric>(scale, sum, row_scale[r * gemm.row_groups], sum_of_row,
-                                  out + (r * NT + j) * kPanelColumns);
+  for (int block = 0; block < rows; block += kBlockRows, out += out_stride) {
+    const int stop = least(rows - block, kBlockRows);
+    float *target = out;
+    for (int r = 0; r < stop; r++) {
+      const typename Ops::I sum = Ops::add_i(Ops::load_i(sums), segment_start<Ops, Format>(gemm, *row_sum));
+      add_scaled<Ops, Asymmetric>(scale, sum, *row_scale, *row_sum, target);
+      sums += kPanelColumns;
+      target += kPanelColumns;
+      row_scale += gemm.row_groups;
+      row_sum += gemm.segments;
     }
   }
 }
 
-// Steps [step0, step0 + steps) of tiles [first_tile, first_tile + NT), for rows [first, last), which begin a
-// block of rows, added to out: [last - first][NT][16]. The first block of K starts the sums.
-template <class Ops, class Format, int NT>
-static void tile_run(const Product &p, TileState &state, int first_tile, int step0, int steps, int first,
-                     int last, float *out) {
+// One block of K, MT blocks of rows, every tile of columns. Partial: the last block has fewer than 16 rows.
+template <class Ops, class Format, int MT, bool Partial>
+static void tile_panel(const Product &p, TileState &state, int tile_count, int step0, const TilePanel &panel,
+                       bool ahead, float *out) {
   const Gemm &gemm = *p.gemm;
-  const bool whole = gemm.segments == 1;  // sums of all of K stay in one accumulator
-  const int halves = Format::kInteger ? gemm.halves : 1;
-  const int depth_bytes = kStepBytes / halves;
-  constexpr int64_t kRowFloats = NT * kPanelColumns;
   [[maybe_unused]] TileFile &file = state.file;
-  const uint8_t *weights[kTileBlockSteps][NT];
-  for (int s = 0; s < steps; s++) {
-    for (int j = 0; j < NT; j++) {
-      const uint8_t *tile = p.tiles + (step0 + s) * p.step_stride_bytes + p.tile_offset_bytes(first_tile + j);
-      weights[s][j] = Format::template tile_operand<Ops>(tile, state.expanded[s * NT + j]);
-    }
+  const int steps = least(gemm.steps - step0, kTileBlockSteps);
+  const bool whole = gemm.segments == 1;
+  const int halves = Format::kInteger ? gemm.halves : 1;
+  const int64_t out_stride = (int64_t)tile_count * kSumTileFloats;
+  shape_tiles(state, MT, Partial ? panel.last_rows : kBlockRows, kStepBytes / halves);
+  const uint8_t *rows[MT];
+  int64_t row_stride[MT];
+  for (int i = 0; i < MT; i++) {
+    const RowAddress address = row_address(p.rows.data, gemm, p.row_count, panel.first_row + i * kBlockRows);
+    rows[i] = address.data + step0 * address.step_stride_bytes;
+    row_stride[i] = address.step_stride_bytes;
   }
-  KTK_TILE_FENCE();
-  if (!whole && step0 == 0) __builtin_memset(out, 0, (uint64_t)(last - first) * kRowFloats * sizeof(float));
-
-  for (int row = first; row < last; row += kBlockRows) {
-    const int rows = last - row < kBlockRows ? last - row : kBlockRows;
-    if (rows != state.shaped_rows) {
-      const TileConfig config = tile_shape(rows, depth_bytes);
-      KTK_TILE_CONFIGURE(file, config);
-      state.shaped_rows = rows;
-    }
-    const RowAddress address = row_address(p.rows.data, gemm, p.row_count, row);
-    const uint8_t *data = address.data + step0 * address.step_stride_bytes;
-    const uint8_t *ahead = data + (int64_t)kBlockRows * gemm.steps * kStepBytes;  // the next tile of rows
-    float *target = out + (row - first) * kRowFloats;
+#define KTK_ZERO(i) KTK_TILE_ZERO(file, i)
+#define KTK_LOAD_SUM(i) KTK_TILE_LOAD(file, i, target + (i) * out_stride, 64)
+#define KTK_STORE_SUM(i) KTK_TILE_STORE(file, i, target + (i) * out_stride, 64)
+#define KTK_STORE_EXACT(i) KTK_TILE_STORE(file, i, exact + (i) * kSumTileFloats, 64)
+#define KTK_MULTIPLY(i)                                                            \
+  do {                                                                             \
+    if constexpr (Partial && (i) == MT - 1) {                                      \
+      KTK_TILE_LOAD(file, 6, rows[i] + step * row_stride[i] + offset, kStepBytes); \
+      KTK_TILE_DOT(file, i, 6, 5);                                                 \
+    } else {                                                                       \
+      KTK_TILE_LOAD(file, 4, rows[i] + step * row_stride[i] + offset, kStepBytes); \
+      KTK_TILE_DOT(file, i, 4, 5);                                                 \
+    }                                                                              \
+  } while (0)
+  for (int tile = 0; tile < tile_count; tile++) {
+    const TileColumn column = tile_column<Format>(p, state, tile, step0);
+    const TileColumn next = tile_column<Format>(p, state, tile + 1 < tile_count ? tile + 1 : tile, step0);
+    const uint8_t *block_ahead = column.data + kTileBlockSteps * column.step_stride_bytes;
+    float *target = out + (int64_t)tile * kSumTileFloats;
     if (whole) {
+      constexpr int64_t offset = 0;
       if (step0 == 0 && !p.accumulate) {
-        KTK_TILE_ZERO(file, 0);
-        if constexpr (NT > 1) KTK_TILE_ZERO(file, 1);
-        if constexpr (NT > 2) KTK_TILE_ZERO(file, 2);
-        if constexpr (NT > 3) KTK_TILE_ZERO(file, 3);
+        KTK_TILE_EACH(MT, KTK_ZERO);
       } else {
-        KTK_TILE_LOAD(file, 0, target, kRowFloats * 4);
-        if constexpr (NT > 1) KTK_TILE_LOAD(file, 1, target + kPanelColumns, kRowFloats * 4);
-        if constexpr (NT > 2) KTK_TILE_LOAD(file, 2, target + 2 * kPanelColumns, kRowFloats * 4);
-        if constexpr (NT > 3) KTK_TILE_LOAD(file, 3, target + 3 * kPanelColumns, kRowFloats * 4);
+        KTK_TILE_EACH(MT, KTK_LOAD_SUM);
       }
-      int s = 0;
-      for (; s + 2 <= steps; s += 2) {
-        prefetch_tile(ahead + (int64_t)s * kBlockRows * kStepBytes);
-        KTK_TILE_STEP(4, data + s * address.step_stride_bytes, weights[s]);
-        prefetch_tile(ahead + (int64_t)(s + 1) * kBlockRows * kStepBytes);
-        KTK_TILE_STEP(5, data + (s + 1) * address.step_stride_bytes, weights[s + 1]);
+      for (int step = 0; step < steps; step++) {
+        const int soon = step + 2;
+        prefetch_near(soon < steps ? column.data + soon * column.step_stride_bytes
+                                   : next.data + (soon - steps) * next.step_stride_bytes);
+        if (ahead) prefetch_far(block_ahead + step * column.step_stride_bytes);
+        KTK_TILE_LOAD(file, 5, column.data + step * column.step_stride_bytes, 64);
+        KTK_TILE_EACH(MT, KTK_MULTIPLY);
       }
-      if (s < steps) KTK_TILE_STEP(4, data + s * address.step_stride_bytes, weights[s]);
-      KTK_TILE_STORE(file, 0, target, kRowFloats * 4);
-      if constexpr (NT > 1) KTK_TILE_STORE(file, 1, target + kPanelColumns, kRowFloats * 4);
-      if constexpr (NT > 2) KTK_TILE_STORE(file, 2, target + 2 * kPanelColumns, kRowFloats * 4);
-      if constexpr (NT > 3) KTK_TILE_STORE(file, 3, target + 3 * kPanelColumns, kRowFloats * 4);
+      KTK_TILE_EACH(MT, KTK_STORE_SUM);
       continue;
     }
     if constexpr (Format::kInteger) {
-      const int first_segment = step0 / gemm.segment_steps * halves;
-      for (int s = 0, segment = first_segment; s < steps && segment < gemm.segments; segment++) {
-        const int64_t offset = (segment - first_segment) % halves * depth_bytes;
-        const int stop = s + gemm.segment_steps < steps ? s + gemm.segment_steps : steps;
-        KTK_TILE_ZERO(file, 0);
-        if constexpr (NT > 1) KTK_TILE_ZERO(file, 1);
-        if constexpr (NT > 2) KTK_TILE_ZERO(file, 2);
-        if constexpr (NT > 3) KTK_TILE_ZERO(file, 3);
-        for (int step = s; step < stop; step++) {
-          const uint8_t *shifted[NT];
-          for (int j = 0; j < NT; j++) shifted[j] = weights[step][j] + offset * kPanelColumns;
-          KTK_TILE_STEP(4, data + step * address.step_stride_bytes + offset, shifted);
-        }
-        KTK_TILE_STORE(file, 0, state.sums, 64);
-        if constexpr (NT > 1) KTK_TILE_STORE(file, 1, state.sums + 256, 64);
-        if constexpr (NT > 2) KTK_TILE_STORE(file, 2, state.sums + 512, 64);
-        if constexpr (NT > 3) KTK_TILE_STORE(file, 3, state.sums + 768, 64);
+      const int count = (MT - 1) * kBlockRows + panel.last_rows;
+      const auto add = [&](int segment, const int32_t *sums) {
         if (gemm.asymmetric) {
-          add_tile_segment<Ops, Format, NT, true>(p, first_tile, segment, row, rows, state.sums, target);
+          add_tile_segment<Ops, Format, true>(p, tile, segment, panel.first_row, count, sums, target,
+                                              out_stride);
         } else {
-          add_tile_segment<Ops, Format, NT, false>(p, first_tile, segment, row, rows, state.sums, target);
+          add_tile_segment<Ops, Format, false>(p, tile, segment, panel.first_row, count, sums, target,
+                                               out_stride);
         }
-        // A step of two halves is done after its second.
-        if (halves == 1 || (segment - first_segment) % 2 == 1) s = stop;
+      };
+      if (step0 == 0) {
+        for (int i = 0; i < MT; i++) __builtin_memset(target + i * out_stride, 0, kSumTileFloats * 4);
       }
+      // While the unit works on one segment, the sums of the one before are scaled.
+      const int first_segment = step0 / gemm.segment_steps * halves;
+      int segment = first_segment;
+      for (int first = 0; first < steps && segment < gemm.segments; segment++) {
+        const int half = (segment - first_segment) % halves;
+        const int64_t offset = (int64_t)half * (kStepBytes / halves);
+        const int stop = least(first + gemm.segment_steps, steps);
+        int32_t *exact = state.sums[segment % 2];
+        KTK_TILE_EACH(MT, KTK_ZERO);
+        for (int step = first; step < stop; step++) {
+          const int soon = step + 2;
+          prefetch_near(soon < steps ? column.data + soon * column.step_stride_bytes
+                                     : next.data + (soon - steps) * next.step_stride_bytes);
+          if (ahead) prefetch_far(block_ahead + step * column.step_stride_bytes);
+          KTK_TILE_LOAD(file, 5, column.data + step * column.step_stride_bytes + offset * kPanelColumns, 64);
+          KTK_TILE_EACH(MT, KTK_MULTIPLY);
+        }
+        if (segment > first_segment) add(segment - 1, state.sums[(segment - 1) % 2]);
+        KTK_TILE_EACH(MT, KTK_STORE_EXACT);
+        // A step of two halves is done after its second.
+        if (half == halves - 1) first = stop;
+      }
+      add(segment - 1, state.sums[(segment - 1) % 2]);
     }
+  }
+#undef KTK_MULTIPLY
+#undef KTK_STORE_EXACT
+#undef KTK_STORE_SUM
+#undef KTK_LOAD_SUM
+#undef KTK_ZERO
+}
+
+template <class Ops, class Format, int MT>
+KTK_INLINE void tile_panel(const Product &p, TileState &state, int tile_count, int step0,
+                           const TilePanel &panel, bool ahead, float *out) {
+  if (panel.last_rows == kBlockRows) {
+    tile_panel<Ops, Format, MT, false>(p, state, tile_count, step0, panel, ahead, out);
+  } else {
+    tile_panel<Ops, Format, MT, true>(p, state, tile_count, step0, panel, ahead, out);
   }
 }
 
-// The exact sums that tile_run left for a run whose K is one segment, scaled.
+// A single block of rows, which would leave the unit waiting for one sum: NT tiles of columns at a time, over
+// all of K. Weights that are tiles as stored, and sums that stay in one accumulator.
 template <class Ops, class Format, int NT>
-KTK_INLINE void scale_run(const Product &p, int first_tile, int first, int last, float *out) {
-  for (int j = 0; j < NT; j++) {
-    const SegmentScale<Ops> scale = segment_scale<Ops>(p, 0, first_tile + j);
+static void tile_block(const Product &p, TileState &state, int tile_count, int tile, const TilePanel &panel,
+                       float *out) {
+  const Gemm &gemm = *p.gemm;
+  [[maybe_unused]] TileFile &file = state.file;
+  const RowAddress rows = row_address(p.rows.data, gemm, p.row_count, panel.first_row);
+  const uint8_t *weights[NT];
+  for (int j = 0; j < NT; j++) weights[j] = p.tiles + p.tile_offset_bytes(tile + j);
+  float *target = tile_sums(out, 0, tile_count, tile);
+#define KTK_ZERO(j) KTK_TILE_ZERO(file, j)
+#define KTK_LOAD_SUM(j) KTK_TILE_LOAD(file, j, target + (j) * kSumTileFloats, 64)
+#define KTK_STORE_SUM(j) KTK_TILE_STORE(file, j, target + (j) * kSumTileFloats, 64)
+#define KTK_MULTIPLY(j)                                                  \
+  do {                                                                   \
+    prefetch_near(weights[j] + step * p.step_stride_bytes + kReadAhead); \
+    KTK_TILE_LOAD(file, 5, weights[j] + step * p.step_stride_bytes, 64); \
+    KTK_TILE_DOT(file, j, 4, 5);                                         \
+  } while (0)
+  constexpr int64_t kReadAhead = 4096;
+  if (p.accumulate) {
+    KTK_TILE_EACH(NT, KTK_LOAD_SUM);
+  } else {
+    KTK_TILE_EACH(NT, KTK_ZERO);
+  }
+  for (int64_t step = 0; step < gemm.steps; step++) {
+    KTK_TILE_LOAD(file, 4, rows.data + step * rows.step_stride_bytes, kStepBytes);
+    KTK_TILE_EACH(NT, KTK_MULTIPLY);
+  }
+  KTK_TILE_EACH(NT, KTK_STORE_SUM);
+#undef KTK_MULTIPLY
+#undef KTK_STORE_SUM
+#undef KTK_LOAD_SUM
+#undef KTK_ZERO
+}
+
+// Sums of `blocks` tiles, all of the same few rows, side by side.
+KTK_INLINE void shape_block(TileState &state, int rows) {
+  [[maybe_unused]] TileFile &file = state.file;
+  TileConfig config;
+  for (int i = 0; i < 4; i++) {
+    config.rows[i] = (uint8_t)rows;
+    config.row_bytes[i] = kPanelColumns * 4;
+  }
+  config.rows[4] = (uint8_t)rows;
+  config.row_bytes[4] = kStepBytes;
+  config.rows[5] = kStepBytes / 4;
+  config.row_bytes[5] = kPanelColumns * 4;
+  KTK_TILE_CONFIGURE(file, config);
+  state.blocks = 0;
+}
+
+// The exact sums of rows whose K is one segment, scaled.
+template <class Ops, class Format>
+KTK_INLINE void scale_sums(const Product &p, int tile_count, int first, int last, float *out) {
+  const Gemm &gemm = *p.gemm;
+  for (int tile = 0; tile < tile_count; tile++) {
+    const SegmentScale<Ops> scale = segment_scale<Ops>(p, 0, tile);
     for (int row = first; row < last; row++) {
-      float *target = out + ((row - first) * NT + j) * kPanelColumns;
+      float *target = tile_sums(out, (row - first) / kBlockRows, tile_count, tile) +
+                      (row - first) % kBlockRows * kPanelColumns;
       const typename Ops::I sum =
-          Ops::add_i(Ops::load_i(target), segment_start<Ops, Format>(*p.gemm, p.rows.sum[row]));
+          Ops::add_i(Ops::load_i(target), segment_start<Ops, Format>(gemm, p.rows.sum[row]));
       Ops::store_f(target, Ops::zero_f());
-      if (p.gemm->asymmetric) {
+      if (gemm.asymmetric) {
         add_scaled<Ops, true>(scale, sum, p.rows.scale[row], p.rows.sum[row], target);
       } else {
         add_scaled<Ops, false>(scale, sum, p.rows.scale[row], p.rows.sum[row], target);
@@ -191,52 +299,65 @@ KTK_INLINE void scale_run(const Product &p, int first_tile, int first, int last,
   }
 }
 
-// Tiles [0, tile_count) for rows [first, last), which begin a block of rows. out: runs of up to 4 tiles, each
-// [last - first][tiles of the run][16].
+// Tiles [0, tile_count) for rows [first, last), which begin a block of rows. out: see tile_sums.
 template <class Ops, class Format>
 static void tile_product(const Product &p, int tile_count, int first, int last, float *out) {
   const Gemm &gemm = *p.gemm;
   TileState state;
-  const int64_t run_floats = (int64_t)(last - first) * kRunTiles * kPanelColumns;
-  for (int step0 = 0; step0 < gemm.steps; step0 += kTileBlockSteps) {
-    const int steps = least(gemm.steps - step0, kTileBlockSteps);
-    for (int tile = 0; tile < tile_count; tile += kRunTiles) {
-      float *sums = out + tile / kRunTiles * run_floats;
-      switch (least(tile_count - tile, kRunTiles)) {
-        case 1:
-          tile_run<Ops, Format, 1>(p, state, tile, step0, steps, first, last, sums);
-          break;
-        case 2:
-          tile_run<Ops, Format, 2>(p, state, tile, step0, steps, first, last, sums);
-          break;
-        case 3:
-          tile_run<Ops, Format, 3>(p, state, tile, step0, steps, first, last, sums);
-          break;
-        default:
-          tile_run<Ops, Format, 4>(p, state, tile, step0, steps, first, last, sums);
+  KTK_TILE_FENCE();
+  const int row_blocks = (last - first + kBlockRows - 1) / kBlockRows;
+  const auto panel_at = [&](int block) {
+    const int blocks = least(row_blocks - block, kTileBlocks);
+    const int first_row = first + block * kBlockRows;
+    return TilePanel{first_row, blocks, least(last - first_row - (blocks - 1) * kBlockRows, kBlockRows)};
+  };
+  if (row_blocks == 1 && gemm.segments == 1 && !Format::kExpands) {
+    const TilePanel panel = panel_at(0);
+    shape_block(state, panel.last_rows);
+    int tile = 0;
+    for (; tile + 4 <= tile_count; tile += 4)
+      tile_block<Ops, Format, 4>(p, state, tile_count, tile, panel, out);
+    for (; tile + 2 <= tile_count; tile += 2)
+      tile_block<Ops, Format, 2>(p, state, tile_count, tile, panel, out);
+    if (tile < tile_count) tile_block<Ops, Format, 1>(p, state, tile_count, tile, panel, out);
+  } else {
+    for (int step0 = 0; step0 < gemm.steps; step0 += kTileBlockSteps) {
+      if constexpr (Format::kExpands) {
+        const int steps = least(gemm.steps - step0, kTileBlockSteps);
+        for (int tile = 0; tile < tile_count; tile++) {
+          for (int s = 0; s < steps; s++) {
+            Format::template expand_tile<Ops>(
+                p.tiles + p.tile_offset_bytes(tile) + (step0 + s) * p.step_stride_bytes,
+                state.expanded[tile * kTileBlockSteps + s]);
+          }
+        }
+        KTK_TILE_FENCE();
+      }
+      for (int block = 0; block < row_blocks; block += kTileBlocks) {
+        const TilePanel panel = panel_at(block);
+        // The first rows to meet this block of weights fetch the next one.
+        const bool ahead = block == 0 && !Format::kExpands && step0 + kTileBlockSteps < gemm.steps;
+        float *target = tile_sums(out, block, tile_count, 0);
+        switch (panel.blocks) {
+          case 1:
+            tile_panel<Ops, Format, 1>(p, state, tile_count, step0, panel, ahead, target);
+            break;
+          case 2:
+            tile_panel<Ops, Format, 2>(p, state, tile_count, step0, panel, ahead, target);
+            break;
+          case 3:
+            tile_panel<Ops, Format, 3>(p, state, tile_count, step0, panel, ahead, target);
+            break;
+          default:
+            tile_panel<Ops, Format, 4>(p, state, tile_count, step0, panel, ahead, target);
+        }
       }
     }
   }
   KTK_TILE_RELEASE(state.file);
   if constexpr (Format::kInteger) {
-    if (gemm.segments > 1) return;
-    for (int tile = 0; tile < tile_count; tile += kRunTiles) {
-      float *sums = out + tile / kRunTiles * run_floats;
-      switch (least(tile_count - tile, kRunTiles)) {
-        case 1:
-          scale_run<Ops, Format, 1>(p, tile, first, last, sums);
-          break;
-        case 2:
-          scale_run<Ops, Format, 2>(p, tile, first, last, sums);
-          break;
-        case 3:
-          scale_run<Ops, Format, 3>(p, tile, first, last, sums);
-          break;
-        default:
-          scale_run<Ops, Format, 4>(p, tile, first, last, sums);
-      }
-    }
+    if (gemm.segments == 1) scale_sums<Ops, Format>(p, tile_count, first, last, out);
   }
 }
-#undef KTK_TILE_STEP
+#undef KTK_TILE_EACH
 #undef KTK_TILE_DOT

@@ -279,10 +279,10 @@ static void multiply(const MultiplyArgs *args) {
   for (int pass = args->first; pass < args->last; pass += rows_of_pass) {
     product<Ops, Bf16>(
         p, tiles, args->panels, pass, least(pass + rows_of_pass, args->last), args->scratch,
-        [&](int tile, int count, int row, const float *sums) {
+        [&](int tile, int count, int row, const float *sums, int64_t stride) {
           float *to = args->out + (row - args->first) * args->stride + tile * kPanelColumns;
           for (int j = 0; j < count; j++) {
-            typename Ops::F v = Ops::load_f(sums + j * kPanelColumns);
+            typename Ops::F v = Ops::load_f(sums + j * stride);
             if (args->accumulate) v = Ops::add(v, Ops::load_f(to + j * kPanelColumns));
             Ops::store_f(to + j * kPanelColumns, v);
           }
