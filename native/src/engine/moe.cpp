@@ -142,17 +142,16 @@ int64_t Moe::down_panels(const Route &route) const {
   if (kernels_.tile_rows == 0 || rows < int64_t{kBlockRows} * static_cast<int64_t>(route.experts.size()))
     return std::clamp<int64_t>(panels / (threads * 4), 2, 4);
   // Matrix units load each row again for every unit of work: what 4 and 2 panels reach against 8, weighed
-  // against the workers that are left without a last unit.
+  // against what workers of unequal speed lose at the end, about 0.4 units each. Measured on Emerald Rapids.
   struct Choice {
     int64_t panels;
     double speed;
   };
   int64_t best = 2;
   double most = 0;
-  for (const Choice choice : {Choice{8, 1.0}, Choice{4, 0.85}, Choice{2, 0.7}}) {
-    const int64_t units = divide_up(panels, choice.panels);
-    const double speed =
-        choice.speed * static_cast<double>(units) / static_cast<double>(divide_up(units, threads) * threads);
+  for (const Choice choice : {Choice{8, 1.0}, Choice{4, 0.9}, Choice{2, 0.7}}) {
+    const auto units = static_cast<double>(divide_up(panels, choice.panels));
+    const double speed = choice.speed * units / (units + 0.4 * static_cast<double>(threads));
     if (speed > most) {
       most = speed;
       best = choice.panels;

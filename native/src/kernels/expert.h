@@ -40,12 +40,23 @@ KTK_INLINE void product(const Product &p, bool tiles, int tile_count, int first,
 #ifdef KTK_ISA_HAS_TILES
   if (tiles) {
     tile_product<Ops, Format>(p, tile_count, first, last, scratch);
-    if (lora != nullptr) tile_product<Ops, Bf16>(*lora, tile_count, first, last, scratch);
-    for (int row = first; row < last; row++) {
-      const int index = row - first;
-      use(0, tile_count, row,
-          tile_sums(scratch, index / kBlockRows, tile_count, 0) + index % kBlockRows * kPanelColumns,
-          kSumTileFloats);
+    const auto scale = [&](int block) {
+      const int row = first + block * kBlockRows;
+      float *sums = tile_sums(scratch, block, tile_count, 0);
+      scale_sums<Ops, Format>(p, tile_count, row, least(last - row, kBlockRows), sums);
+    };
+    const int blocks = (last - first + kBlockRows - 1) / kBlockRows;
+    if (lora != nullptr) {
+      for (int block = 0; block < blocks; block++) scale(block);
+      tile_product<Ops, Bf16>(*lora, tile_count, first, last, scratch);
+    }
+    for (int block = 0; block < blocks; block++) {
+      if (lora == nullptr) scale(block);
+      const float *sums = tile_sums(scratch, block, tile_count, 0);
+      for (int row = first + block * kBlockRows; row < least(last, first + (block + 1) * kBlockRows); row++) {
+        use(0, tile_count, row, sums, kSumTileFloats);
+        sums += kPanelColumns;
+      }
     }
     return;
   }
@@ -154,24 +165,7 @@ static void gate_up(const GateUpArgs *args) {
     }
     for (int pass = 0; pass < args->rows; pass += rows_of_pass) {
       const int pass_stop = least(pass + rows_of_pass, args->rows);
-      product<Ops, Format>(
-          p, tiles, tile_count, pass, pass_stop, args->scratch,
-          [&](int tile, int count, int row, const float *sums, int64_t stride) {
-            for (int j = 0; j < count; j += 2) {
-              const int column = (tile + j) / 2 * kPanelColumns;
-              typename Ops::F gate = Ops::load_f(sums + j * stride);
-              typename Ops::F up = Ops::load_f(sums + (j + 1) * stride);
-              if (args->gate_bias != nullptr)
-                gate = Ops::add(gate, Ops::load_f(args->gate_bias + group + column));
-              if (args->up_bias != nullptr) up = Ops::add(up, Ops::load_f(args->up_bias + group + column));
-              if (training != nullptr && training->saved != nullptr)
-                save_gate_up<Ops>(*training, row, group + column, gate, up);
-              Ops::store_f(activated + (row - pass) * kIntermediateGroup + column,
-                           gated_activation<Ops>(gate, up, args->limit, args->alpha));
-            }
-          },
-          lora != nullptr ? &added : nullptr);
-      for (int row = pass; row < pass_stop; row++) {
+      const auto finish_row = [&](int row) {
         const float *values = activated + (row - pass) * kIntermediateGroup;
         const RowAddress to = row_address(args->output.data, next, args->rows, row);
         uint8_t *first_step = to.data + group / Format::kStepColumns * to.step_stride_bytes;
@@ -189,7 +183,26 @@ static void gate_up(const GateUpArgs *args) {
           round_group<Ops>(values, KTK_DTYPE_F32, 0, columns,
                            z.data + group / Bf16::kStepColumns * z.step_stride_bytes, z.step_stride_bytes);
         }
-      }
+      };
+      product<Ops, Format>(
+          p, tiles, tile_count, pass, pass_stop, args->scratch,
+          [&](int tile, int count, int row, const float *sums, int64_t stride) {
+            for (int j = 0; j < count; j += 2) {
+              const int column = (tile + j) / 2 * kPanelColumns;
+              typename Ops::F gate = Ops::load_f(sums + j * stride);
+              typename Ops::F up = Ops::load_f(sums + (j + 1) * stride);
+              if (args->gate_bias != nullptr)
+                gate = Ops::add(gate, Ops::load_f(args->gate_bias + group + column));
+              if (args->up_bias != nullptr) up = Ops::add(up, Ops::load_f(args->up_bias + group + column));
+              if (training != nullptr && training->saved != nullptr)
+                save_gate_up<Ops>(*training, row, group + column, gate, up);
+              Ops::store_f(activated + (row - pass) * kIntermediateGroup + column,
+                           gated_activation<Ops>(gate, up, args->limit, args->alpha));
+            }
+            // The row's last columns.
+            if (tile + count == tile_count) finish_row(row);
+          },
+          lora != nullptr ? &added : nullptr);
     }
   }
 }
@@ -225,7 +238,12 @@ static void down(const DownArgs *args) {
         p, tiles, panels, pass, least(pass + rows_of_pass, args->rows), args->scratch,
         [&](int tile, int count, int row, const float *sums, int64_t stride) {
           const typename Ops::F weight = Ops::set1_f(args->expert_weights[row]);
-          float *target = args->sum + ((int64_t)args->tokens[row] * panels + tile) * kPanelColumns;
+          const auto sum_of = [&](int index) {
+            return args->sum + ((int64_t)args->tokens[index] * panels + tile) * kPanelColumns;
+          };
+          float *target = sum_of(row);
+          const float *soon = sum_of(least(row + 4, args->rows - 1));
+          for (int j = 0; j < count; j++) __builtin_prefetch(soon + j * kPanelColumns, 1, 3);
           for (int j = 0; j < count; j++) {
             typename Ops::F y = Ops::load_f(sums + j * stride);
             if (args->bias != nullptr) {

@@ -40,6 +40,12 @@ KTK_INLINE void prefetch_far(const uint8_t *tile) {
   for (int line = 0; line < 16; line++) __builtin_prefetch(tile + line * 64, 0, 2);
 }
 
+// What the rows of a panel contribute to the sums of one segment: [row].
+struct SegmentRows {
+  alignas(64) float scale[kTileBlocks * kBlockRows];
+  alignas(64) int32_t sum[kTileBlocks * kBlockRows];
+};
+
 struct TileState {
   [[maybe_unused]] TileFile file;
   // What the registers are configured for.
@@ -47,11 +53,25 @@ struct TileState {
   // Operands of one block of K, where weights are not stored as such: [tile][step].
   alignas(64) uint8_t expanded[kMostTiles * kTileBlockSteps][1024];
   alignas(64) int32_t sums[2][kTileBlocks * kSumTileFloats];
+  SegmentRows segment_rows[2 * kTileBlockSteps];
 };
 
 // A panel of rows: `blocks` blocks of 16, the last of `last_rows`.
 struct TilePanel {
   int first_row, blocks, last_rows;
+};
+
+// A block of K.
+struct TileSteps {
+  int first, count;
+};
+
+// The operands that will be needed after those of a panel.
+struct TilesAhead {
+  const uint8_t *rows;      // of the next panel, or null
+  int64_t row_block_bytes;  // from one block of rows to the next
+  int row_blocks;
+  bool weights;  // of the next block of K
 };
 
 // Registers for the rows of a panel (`sums` tiles of them) and operands of `depth_bytes` along K.
@@ -90,37 +110,42 @@ KTK_INLINE float *tile_sums(float *out, int block, int tile_count, int tile) {
   return out + ((int64_t)block * tile_count + tile) * kSumTileFloats;
 }
 
+KTK_INLINE void load_segment_rows(const Product &p, int segment, int first_row, int rows, SegmentRows &to) {
+  const Gemm &gemm = *p.gemm;
+  const float *scale =
+      p.rows.scale + (int64_t)first_row * gemm.row_groups + (segment >> gemm.row_group_shift);
+  const int32_t *sum = p.rows.sum + (int64_t)first_row * gemm.segments + segment;
+  for (int r = 0; r < rows; r++) {
+    to.scale[r] = scale[(int64_t)r * gemm.row_groups];
+    to.sum[r] = sum[(int64_t)r * gemm.segments];
+  }
+}
+
 // Adds the exact sums of a segment, [rows][16], to the rows' outputs for one tile of columns; `out_stride`
 // floats from one block of rows to the next.
 template <class Ops, class Format, bool Asymmetric>
-KTK_INLINE void add_tile_segment(const Product &p, int tile, int segment, int first_row, int rows,
+KTK_INLINE void add_tile_segment(const Product &p, int tile, int segment, const SegmentRows &of, int rows,
                                  const int32_t *sums, float *out, int64_t out_stride) {
   const Gemm &gemm = *p.gemm;
   const SegmentScale<Ops> scale = segment_scale<Ops>(p, segment, tile);
-  const float *row_scale =
-      p.rows.scale + (int64_t)first_row * gemm.row_groups + (segment >> gemm.row_group_shift);
-  const int32_t *row_sum = p.rows.sum + (int64_t)first_row * gemm.segments + segment;
   for (int block = 0; block < rows; block += kBlockRows, out += out_stride) {
     const int stop = least(rows - block, kBlockRows);
-    float *target = out;
     for (int r = 0; r < stop; r++) {
-      const typename Ops::I sum = Ops::add_i(Ops::load_i(sums), segment_start<Ops, Format>(gemm, *row_sum));
-      add_scaled<Ops, Asymmetric>(scale, sum, *row_scale, *row_sum, target);
-      sums += kPanelColumns;
-      target += kPanelColumns;
-      row_scale += gemm.row_groups;
-      row_sum += gemm.segments;
+      const int32_t row_sum = of.sum[block + r];
+      const typename Ops::I sum = Ops::add_i(Ops::load_i(sums + (block + r) * kPanelColumns),
+                                             segment_start<Ops, Format>(gemm, row_sum));
+      add_scaled<Ops, Asymmetric>(scale, sum, of.scale[block + r], row_sum, out + r * kPanelColumns);
     }
   }
 }
 
 // One block of K, MT blocks of rows, every tile of columns. Partial: the last block has fewer than 16 rows.
 template <class Ops, class Format, int MT, bool Partial>
-static void tile_panel(const Product &p, TileState &state, int tile_count, int step0, const TilePanel &panel,
-                       bool ahead, float *out) {
+static void tile_panel(const Product &p, TileState &state, int tile_count, const TileSteps &k,
+                       const TilePanel &panel, const TilesAhead &ahead, float *out) {
   const Gemm &gemm = *p.gemm;
   [[maybe_unused]] TileFile &file = state.file;
-  const int steps = least(gemm.steps - step0, kTileBlockSteps);
+  const int step0 = k.first, steps = k.count;
   const bool whole = gemm.segments == 1;
   const int halves = Format::kInteger ? gemm.halves : 1;
   const int64_t out_stride = (int64_t)tile_count * kSumTileFloats;
@@ -132,6 +157,26 @@ static void tile_panel(const Product &p, TileState &state, int tile_count, int s
     rows[i] = address.data + step0 * address.step_stride_bytes;
     row_stride[i] = address.step_stride_bytes;
   }
+  const int count = (MT - 1) * kBlockRows + panel.last_rows;
+  const int first_segment = step0 / gemm.segment_steps * halves;
+  if (!whole) {
+    const int last_segment =
+        least(gemm.segments, (step0 + steps + gemm.segment_steps - 1) / gemm.segment_steps * halves);
+    for (int i = first_segment; i < last_segment; i++)
+      load_segment_rows(p, i, panel.first_row, count, state.segment_rows[i - first_segment]);
+  }
+  // Each step of a tile fetches its share of the lines of the next panel's rows.
+  const int lines = ahead.rows == nullptr ? 0 : (ahead.row_blocks * 16 + tile_count - 1) / tile_count;
+#define KTK_FETCH()                                                                                        \
+  do {                                                                                                     \
+    const int soon = step + 2;                                                                             \
+    prefetch_near(soon < steps ? column.data + soon * column.step_stride_bytes                             \
+                               : next.data + (soon - steps) * next.step_stride_bytes);                     \
+    if (ahead.weights) prefetch_far(column.data + (steps + step) * column.step_stride_bytes);              \
+    for (int line = tile * lines; line < tile * lines + lines; line++)                                     \
+      __builtin_prefetch(ahead.rows + line / 16 * ahead.row_block_bytes + step * 1024 + line % 16 * 64, 0, \
+                         2);                                                                               \
+  } while (0)
 #define KTK_ZERO(i) KTK_TILE_ZERO(file, i)
 #define KTK_LOAD_SUM(i) KTK_TILE_LOAD(file, i, target + (i) * out_stride, 64)
 #define KTK_STORE_SUM(i) KTK_TILE_STORE(file, i, target + (i) * out_stride, 64)
@@ -149,7 +194,6 @@ static void tile_panel(const Product &p, TileState &state, int tile_count, int s
   for (int tile = 0; tile < tile_count; tile++) {
     const TileColumn column = tile_column<Format>(p, state, tile, step0);
     const TileColumn next = tile_column<Format>(p, state, tile + 1 < tile_count ? tile + 1 : tile, step0);
-    const uint8_t *block_ahead = column.data + kTileBlockSteps * column.step_stride_bytes;
     float *target = out + (int64_t)tile * kSumTileFloats;
     if (whole) {
       constexpr int64_t offset = 0;
@@ -159,10 +203,7 @@ static void tile_panel(const Product &p, TileState &state, int tile_count, int s
         KTK_TILE_EACH(MT, KTK_LOAD_SUM);
       }
       for (int step = 0; step < steps; step++) {
-        const int soon = step + 2;
-        prefetch_near(soon < steps ? column.data + soon * column.step_stride_bytes
-                                   : next.data + (soon - steps) * next.step_stride_bytes);
-        if (ahead) prefetch_far(block_ahead + step * column.step_stride_bytes);
+        KTK_FETCH();
         KTK_TILE_LOAD(file, 5, column.data + step * column.step_stride_bytes, 64);
         KTK_TILE_EACH(MT, KTK_MULTIPLY);
       }
@@ -170,21 +211,19 @@ static void tile_panel(const Product &p, TileState &state, int tile_count, int s
       continue;
     }
     if constexpr (Format::kInteger) {
-      const int count = (MT - 1) * kBlockRows + panel.last_rows;
-      const auto add = [&](int segment, const int32_t *sums) {
+      const auto add = [&](int segment) {
+        const int32_t *sums = state.sums[segment % 2];
+        const SegmentRows &of = state.segment_rows[segment - first_segment];
         if (gemm.asymmetric) {
-          add_tile_segment<Ops, Format, true>(p, tile, segment, panel.first_row, count, sums, target,
-                                              out_stride);
+          add_tile_segment<Ops, Format, true>(p, tile, segment, of, count, sums, target, out_stride);
         } else {
-          add_tile_segment<Ops, Format, false>(p, tile, segment, panel.first_row, count, sums, target,
-                                               out_stride);
+          add_tile_segment<Ops, Format, false>(p, tile, segment, of, count, sums, target, out_stride);
         }
       };
       if (step0 == 0) {
         for (int i = 0; i < MT; i++) __builtin_memset(target + i * out_stride, 0, kSumTileFloats * 4);
       }
       // While the unit works on one segment, the sums of the one before are scaled.
-      const int first_segment = step0 / gemm.segment_steps * halves;
       int segment = first_segment;
       for (int first = 0; first < steps && segment < gemm.segments; segment++) {
         const int half = (segment - first_segment) % halves;
@@ -193,19 +232,16 @@ static void tile_panel(const Product &p, TileState &state, int tile_count, int s
         int32_t *exact = state.sums[segment % 2];
         KTK_TILE_EACH(MT, KTK_ZERO);
         for (int step = first; step < stop; step++) {
-          const int soon = step + 2;
-          prefetch_near(soon < steps ? column.data + soon * column.step_stride_bytes
-                                     : next.data + (soon - steps) * next.step_stride_bytes);
-          if (ahead) prefetch_far(block_ahead + step * column.step_stride_bytes);
+          KTK_FETCH();
           KTK_TILE_LOAD(file, 5, column.data + step * column.step_stride_bytes + offset * kPanelColumns, 64);
           KTK_TILE_EACH(MT, KTK_MULTIPLY);
         }
-        if (segment > first_segment) add(segment - 1, state.sums[(segment - 1) % 2]);
+        if (segment > first_segment) add(segment - 1);
         KTK_TILE_EACH(MT, KTK_STORE_EXACT);
         // A step of two halves is done after its second.
         if (half == halves - 1) first = stop;
       }
-      add(segment - 1, state.sums[(segment - 1) % 2]);
+      add(segment - 1);
     }
   }
 #undef KTK_MULTIPLY
@@ -213,15 +249,16 @@ static void tile_panel(const Product &p, TileState &state, int tile_count, int s
 #undef KTK_STORE_SUM
 #undef KTK_LOAD_SUM
 #undef KTK_ZERO
+#undef KTK_FETCH
 }
 
 template <class Ops, class Format, int MT>
-KTK_INLINE void tile_panel(const Product &p, TileState &state, int tile_count, int step0,
-                           const TilePanel &panel, bool ahead, float *out) {
+KTK_INLINE void tile_panel(const Product &p, TileState &state, int tile_count, const TileSteps &k,
+                           const TilePanel &panel, const TilesAhead &ahead, float *out) {
   if (panel.last_rows == kBlockRows) {
-    tile_panel<Ops, Format, MT, false>(p, state, tile_count, step0, panel, ahead, out);
+    tile_panel<Ops, Format, MT, false>(p, state, tile_count, k, panel, ahead, out);
   } else {
-    tile_panel<Ops, Format, MT, true>(p, state, tile_count, step0, panel, ahead, out);
+    tile_panel<Ops, Format, MT, true>(p, state, tile_count, k, panel, ahead, out);
   }
 }
 
@@ -278,28 +315,30 @@ KTK_INLINE void shape_block(TileState &state, int rows) {
   state.blocks = 0;
 }
 
-// The exact sums of rows whose K is one segment, scaled.
+// Scales what tile_product left in `out` for the rows from `row` on, `rows` of them and at most 16: exact
+// sums, if they are of one segment.
 template <class Ops, class Format>
-KTK_INLINE void scale_sums(const Product &p, int tile_count, int first, int last, float *out) {
+KTK_INLINE void scale_sums(const Product &p, int tile_count, int row, int rows, float *out) {
   const Gemm &gemm = *p.gemm;
-  for (int tile = 0; tile < tile_count; tile++) {
+  if (!Format::kInteger || gemm.segments > 1) return;
+  for (int tile = 0; tile < tile_count; tile++, out += kSumTileFloats) {
     const SegmentScale<Ops> scale = segment_scale<Ops>(p, 0, tile);
-    for (int row = first; row < last; row++) {
-      float *target = tile_sums(out, (row - first) / kBlockRows, tile_count, tile) +
-                      (row - first) % kBlockRows * kPanelColumns;
-      const typename Ops::I sum =
-          Ops::add_i(Ops::load_i(target), segment_start<Ops, Format>(gemm, p.rows.sum[row]));
+    for (int r = 0; r < rows; r++) {
+      float *target = out + r * kPanelColumns;
+      const int32_t row_sum = p.rows.sum[row + r];
+      const typename Ops::I sum = Ops::add_i(Ops::load_i(target), segment_start<Ops, Format>(gemm, row_sum));
       Ops::store_f(target, Ops::zero_f());
       if (gemm.asymmetric) {
-        add_scaled<Ops, true>(scale, sum, p.rows.scale[row], p.rows.sum[row], target);
+        add_scaled<Ops, true>(scale, sum, p.rows.scale[row + r], row_sum, target);
       } else {
-        add_scaled<Ops, false>(scale, sum, p.rows.scale[row], p.rows.sum[row], target);
+        add_scaled<Ops, false>(scale, sum, p.rows.scale[row + r], row_sum, target);
       }
     }
   }
 }
 
-// Tiles [0, tile_count) for rows [first, last), which begin a block of rows. out: see tile_sums.
+// Tiles [0, tile_count) for rows [first, last), which begin a block of rows. out: see tile_sums; sums of one
+// segment are left to scale_sums.
 template <class Ops, class Format>
 static void tile_product(const Product &p, int tile_count, int first, int last, float *out) {
   const Gemm &gemm = *p.gemm;
@@ -321,11 +360,17 @@ static void tile_product(const Product &p, int tile_count, int first, int last, 
       tile_block<Ops, Format, 2>(p, state, tile_count, tile, panel, out);
     if (tile < tile_count) tile_block<Ops, Format, 1>(p, state, tile_count, tile, panel, out);
   } else {
-    for (int step0 = 0; step0 < gemm.steps; step0 += kTileBlockSteps) {
+    // Blocks of K of about one size, each of whole segments.
+    const int blocks_of_k = (gemm.steps + kTileBlockSteps - 1) / kTileBlockSteps;
+    int block_steps = (gemm.steps + blocks_of_k - 1) / blocks_of_k;
+    if (gemm.segments > 1)
+      block_steps = (block_steps + gemm.segment_steps - 1) / gemm.segment_steps * gemm.segment_steps;
+    for (int step0 = 0; step0 < gemm.steps; step0 += block_steps) {
+      const TileSteps k = {step0, least(gemm.steps - step0, block_steps)};
+      const bool last_of_k = step0 + block_steps >= gemm.steps;
       if constexpr (Format::kExpands) {
-        const int steps = least(gemm.steps - step0, kTileBlockSteps);
         for (int tile = 0; tile < tile_count; tile++) {
-          for (int s = 0; s < steps; s++) {
+          for (int s = 0; s < k.count; s++) {
             Format::template expand_tile<Ops>(
                 p.tiles + p.tile_offset_bytes(tile) + (step0 + s) * p.step_stride_bytes,
                 state.expanded[tile * kTileBlockSteps + s]);
@@ -335,29 +380,34 @@ static void tile_product(const Product &p, int tile_count, int first, int last, 
       }
       for (int block = 0; block < row_blocks; block += kTileBlocks) {
         const TilePanel panel = panel_at(block);
+        TilesAhead ahead = {nullptr, (int64_t)gemm.steps * kBlockRows * kStepBytes, 0, false};
         // The first rows to meet this block of weights fetch the next one.
-        const bool ahead = block == 0 && !Format::kExpands && step0 + kTileBlockSteps < gemm.steps;
+        ahead.weights = block == 0 && !Format::kExpands && !last_of_k;
+        const bool more_rows = block + kTileBlocks < row_blocks;
+        if (more_rows || !last_of_k) {
+          const TilePanel following = panel_at(more_rows ? block + kTileBlocks : 0);
+          ahead.rows = p.rows.data + following.first_row / kBlockRows * ahead.row_block_bytes +
+                       (int64_t)(more_rows ? step0 : step0 + block_steps) * kBlockRows * kStepBytes;
+          ahead.row_blocks = following.blocks;
+        }
         float *target = tile_sums(out, block, tile_count, 0);
         switch (panel.blocks) {
           case 1:
-            tile_panel<Ops, Format, 1>(p, state, tile_count, step0, panel, ahead, target);
+            tile_panel<Ops, Format, 1>(p, state, tile_count, k, panel, ahead, target);
             break;
           case 2:
-            tile_panel<Ops, Format, 2>(p, state, tile_count, step0, panel, ahead, target);
+            tile_panel<Ops, Format, 2>(p, state, tile_count, k, panel, ahead, target);
             break;
           case 3:
-            tile_panel<Ops, Format, 3>(p, state, tile_count, step0, panel, ahead, target);
+            tile_panel<Ops, Format, 3>(p, state, tile_count, k, panel, ahead, target);
             break;
           default:
-            tile_panel<Ops, Format, 4>(p, state, tile_count, step0, panel, ahead, target);
+            tile_panel<Ops, Format, 4>(p, state, tile_count, k, panel, ahead, target);
         }
       }
     }
   }
   KTK_TILE_RELEASE(state.file);
-  if constexpr (Format::kInteger) {
-    if (gemm.segments == 1) scale_sums<Ops, Format>(p, tile_count, first, last, out);
-  }
 }
 #undef KTK_TILE_EACH
 #undef KTK_TILE_DOT
