@@ -242,8 +242,9 @@ static void down(const DownArgs *args) {
             return args->sum + ((int64_t)args->tokens[index] * panels + tile) * kPanelColumns;
           };
           float *target = sum_of(row);
-          const float *soon = sum_of(least(row + 4, args->rows - 1));
-          for (int j = 0; j < count; j++) __builtin_prefetch(soon + j * kPanelColumns, 1, 3);
+          // Sums of tokens far apart: the hardware does not foresee them.
+          const float *soon = sum_of(least(row + kBlockRows, args->rows - 1));
+          for (int j = 0; j < count; j++) __builtin_prefetch(soon + j * kPanelColumns, 0, 2);
           for (int j = 0; j < count; j++) {
             typename Ops::F y = Ops::load_f(sums + j * stride);
             if (args->bias != nullptr) {

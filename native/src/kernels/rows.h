@@ -100,19 +100,18 @@ KTK_INLINE void quantise_group(const void *values, int32_t dtype, int64_t first,
   const int64_t end = (last + kStepBytes - 1) / kStepBytes * kStepBytes;
   // A non-finite row multiplies 0 by its NaN scale, never a rounded NaN.
   const bool finite = amax_bits < kInfinityBits;
-  typename Ops::I sum = Ops::zero_i();
-  for (int64_t i = first; i < end; i += 16) {
-    const typename Ops::I q = i < last && finite
-                                  ? Ops::round_i(Ops::mul(load_values<Ops>(values, dtype, i, last), inverse))
-                                  : Ops::zero_i();
-    Ops::store_low_bytes(row + i / kStepBytes * step_stride_bytes + i % kStepBytes, q);
-    sum = Ops::add_i(sum, q);
-    if ((i + 16 - first) % segment_columns == 0 || i + 16 >= end) {
-      const int64_t segment = (i - first) / segment_columns;
-      // The last step may hold a segment that is all padding, which has no sum.
-      if (first + segment * segment_columns < last) sums[segment] = Ops::reduce_add_i(sum);
-      sum = Ops::zero_i();
+  for (int64_t segment = first; segment < end; segment += segment_columns) {
+    const int64_t segment_end = segment + segment_columns < end ? segment + segment_columns : end;
+    typename Ops::I sum = Ops::zero_i();
+    for (int64_t i = segment; i < segment_end; i += 16) {
+      const typename Ops::I q =
+          i < last && finite ? Ops::round_i(Ops::mul(load_values<Ops>(values, dtype, i, last), inverse))
+                             : Ops::zero_i();
+      Ops::store_low_bytes(row + i / kStepBytes * step_stride_bytes + i % kStepBytes, q);
+      sum = Ops::add_i(sum, q);
     }
+    // The last step may hold a segment that is all padding, which has no sum.
+    if (segment < last) *sums++ = Ops::reduce_add_i(sum);
   }
 }
 
