@@ -50,7 +50,7 @@ constexpr FormatKernels kernels_of() {
   kernels.step_columns = Format::kStepColumns;
   kernels.zero_point = Format::kZeroPoint;
   kernels.integer = Format::kInteger;
-  kernels.tile_rows = Ops::kTileRows;
+  kernels.tile_rows = Ops::template kTileRows<Format>;
   kernels.quantise = quantise_rows<Ops, Format>;
   kernels.gather = gather_block<Ops, Format>;
   kernels.gate_up = gate_up<Ops, Format>;

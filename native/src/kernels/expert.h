@@ -13,7 +13,8 @@
 // Integer products are exact, so only bf16 must keep to one kernel family for a strict layer.
 template <class Ops, class Format>
 KTK_INLINE bool uses_tiles(int32_t rows, int32_t strict) {
-  return Ops::kTileRows > 0 && (rows >= Ops::kTileRows || (strict && !Format::kInteger));
+  constexpr int32_t kLeast = Ops::template kTileRows<Format>;
+  return kLeast > 0 && (rows >= kLeast || (strict && !Format::kInteger));
 }
 
 // Rows of one pass: on matrix units, passes of equal height in whole panels of rows; on vectors, as many rows

@@ -38,6 +38,7 @@ struct Avx2Ops {
   static constexpr int kBlockMaxRows = 2;
   static constexpr int kTallMaxRows = 4;
   // Rows from which an expert goes to matrix units; 0: there are none.
+  template <class Format>
   static constexpr int32_t kTileRows = 0;
 
   // Rows side by side of bf16 products whose weights are split into fp32 first, and how many rows that takes

@@ -37,6 +37,7 @@ struct Avx512Ops {
   static constexpr int kBlockMaxRows = 8;
   static constexpr int kTallMaxRows = 8;
   // Rows from which an expert goes to matrix units; 0: there are none.
+  template <class Format>
   static constexpr int32_t kTileRows = 0;
   static constexpr int kExpandedRows = 0;  // bf16 products use their operands as they are
 

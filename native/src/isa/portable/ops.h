@@ -31,6 +31,7 @@ struct PortableOps {
   static constexpr int kBlockMaxRows = 4;
   static constexpr int kTallMaxRows = 4;
   // Rows from which an expert goes to matrix units; 0: there are none.
+  template <class Format>
   static constexpr int32_t kTileRows = 0;
   static constexpr int kExpandedRows = 0;  // bf16 products use their operands as they are
 
