@@ -14,9 +14,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Of Python 3.12 and newer, in processes that fork on purpose: an option of the interpreter.
+FORK_IS_MEANT = "-Wignore:This process (pid=:DeprecationWarning"
+
 # `python -m pytest` puts the working folder first, where the package lies without its native library.
 # An editable install does not need the entry either.
 sys.path[:] = [entry for entry in sys.path if Path(entry or os.getcwd()).resolve() != ROOT]
+
+
+def python_path(*folders: Path) -> str:
+    """PYTHONPATH of a process in any folder that finds `folders` first, and then what this one finds."""
+    inherited = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    return os.pathsep.join([*map(str, folders), *map(os.path.abspath, inherited)])
+
+
+if "PYTHONPATH" in os.environ:
+    os.environ["PYTHONPATH"] = python_path()
 
 # Threads of PyTorch that wait actively take the cores from the test that runs beside this one. Read when it
 # is loaded.

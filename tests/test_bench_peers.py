@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-import ktk
 from conftest import ROOT
 from ktk.bench.report import load_peers
 
@@ -69,7 +67,6 @@ def run(tmp_path: Path, *arguments: str, site: Path | None = None) -> tuple[dict
         text=True,
         timeout=240,
         cwd="/",
-        env={**os.environ, "PYTHONPATH": str(Path(ktk.__file__).parent.parent)},
     )
     assert done.returncode == 0, done.stderr
     return load_peers(output), done.stdout

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conftest import python_path
 from layers import DTYPE_CODES, FORMATS, PART_CODES, NativeLayer, Options, pool_of, runnable_isas
 from reference.packing import ExpertWeights
 from reference.rounding import Array
@@ -78,10 +79,9 @@ def use_everything(isa: str) -> None:
 @pytest.mark.parametrize("isa", runnable_isas())
 def test_buffers_may_end_at_a_page_without_access(isa: str) -> None:
     here = Path(__file__).resolve().parent
-    path = os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", f"import test_bounds; test_bounds.use_everything({isa!r})"],
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": python_path(here)},
         cwd=here,
         capture_output=True,
         text=True,

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from conftest import python_path
 from ktk import _native
 from ktk.cli import main
 from tiny_models import checkpoint
@@ -146,7 +147,7 @@ def test_missing_command_line_packages_are_explained(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         cwd="/",
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": python_path(tmp_path)},
         check=False,
     )
     assert done.returncode == 2

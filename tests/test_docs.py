@@ -349,7 +349,7 @@ def test_python_blocks_have_no_leftovers() -> None:
 
 
 def test_sphinx_builds_without_warnings(tmp_path: Path) -> None:
-    pytest.importorskip("sphinx", reason="needs ktk[docs]")
+    pytest.importorskip("sphinx.application", reason="needs ktk[docs]")
     command = [sys.executable, "-P" if sys.version_info >= (3, 11) else "-E"]
     command += ["-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", str(tmp_path / "cache")]
     result = subprocess.run(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conftest import python_path
 from ktk import _native, diagnostics, selftest
 from layers import runnable_isas
 
@@ -111,7 +112,7 @@ def test_it_prints_when_the_default_isa_cannot_run() -> None:
 def test_it_needs_neither_pytorch_nor_the_command_line_packages(tmp_path: Path) -> None:
     for name in ("torch", "typer", "rich", "transformers", "safetensors"):
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is broken')\n")
-    done = doctor(PYTHONPATH=str(tmp_path))
+    done = doctor(PYTHONPATH=python_path(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ktk works here." in done.stdout
 

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from conftest import FORK_IS_MEANT
 from ktk import _native
 
 # A layer of two shards on one node, a queue, and a forward with a known answer.
@@ -56,7 +57,13 @@ SPINS = {"parked": "0", "spinning": "10**10"}
 
 def start(code: str, spin: str = "None") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore::RuntimeWarning", "-c", SET_UP.replace("SPIN", spin) + code],
+        [
+            sys.executable,
+            "-Wignore::RuntimeWarning",
+            FORK_IS_MEANT,
+            "-c",
+            SET_UP.replace("SPIN", spin) + code,
+        ],
         env={**os.environ, "KTK_BINDING": _native.binding},
         cwd="/",
         stdin=subprocess.DEVNULL,

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import ktk
+from conftest import FORK_IS_MEANT
 from ktk import CPUInfer, ForwardTask, WorkerPoolConfig, _native, profiling, runtime
 from ktk.errors import KtkArgumentError, KtkStateError, KtkSystemError
 
@@ -334,7 +335,7 @@ cpu.submit(lambda: None)
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code.replace("NODE", str(NODES[0]))],
+        [sys.executable, FORK_IS_MEANT, "-c", code.replace("NODE", str(NODES[0]))],
         env={**os.environ, "KTK_BINDING": _native.binding, **environment},
         cwd="/",
         capture_output=True,

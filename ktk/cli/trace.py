@@ -28,7 +28,19 @@ COLOURS = {
     "down": "#d95f02",
     "merge": "#7570b3",
     "pack": "#1b9e77",
+    "lora_pack": "#66c2a5",
+    "lora_input": "#a6cee3",
+    "lora_middle": "#fdbf6f",
+    "grad_input": "#b2df8a",
+    "grad_lora_input": "#cab2d6",
+    "grad_down": "#b15928",
+    "grad_lora_middle": "#fb9a99",
+    "grad_gate_up": "#08306b",
+    "grad_merge": "#54278f",
+    "grad_lora": "#e7298a",
+    "grad_base": "#e31a1c",
     "forward": "#c8c8c8",
+    "backward": "#b4b4b4",
     "task": "#b0c4de",
     "wait": "#f2b8b5",
     "sync": "#dcdcdc",
@@ -136,8 +148,8 @@ def draw(trace: dict[str, Any], title: str) -> Figure:
     axes = figure.add_subplot()
     stages = list(COLOURS)
     for row, lane in enumerate(lanes):
-        # A forward lies below what happens within it.
-        for stage in sorted(bars[lane], key=lambda name: (name != "forward", name)):
+        # A forward lies below what happens within it, and so does a backward.
+        for stage in sorted(bars[lane], key=lambda name: (name not in ("forward", "backward"), name)):
             axes.broken_barh(
                 bars[lane][stage], (row - 0.4, 0.8), color=COLOURS.get(stage, "#000000"), linewidth=0
             )

@@ -93,8 +93,10 @@ def pair(architecture: str, **settings: Any) -> tuple[Any, Any]:
     return with_peft(copy.deepcopy(model)), with_peft(wrap(model, **settings))
 
 
-def batch(seed: int = 0, rows: int = 2, columns: int = 24, vocabulary: int = 256) -> dict[str, torch.Tensor]:
-    ids = torch.randint(vocabulary, (rows, columns), generator=torch.Generator().manual_seed(seed))
+def batch(
+    seed: int = 0, rows: int = 2, columns: int = 24, vocabulary: int = 256, device: torch.device | str = "cpu"
+) -> dict[str, torch.Tensor]:
+    ids = torch.randint(vocabulary, (rows, columns), generator=torch.Generator().manual_seed(seed)).to(device)
     return {"input_ids": ids, "labels": ids.clone()}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -80,11 +79,9 @@ def test_quantised_experts(format: str, tmp_path: Path) -> None:
 def test_killed_and_resumed(tmp_path: Path) -> None:
     whole = fine_tune(read_run_config(write(tmp_path, "whole.yaml", output="whole", gradient_accumulation=2)))
     file = write(tmp_path, gradient_accumulation=2)
-    path = os.pathsep.join([str(Path(ktk.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         [sys.executable, "-m", "ktk", "sft", str(file)],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

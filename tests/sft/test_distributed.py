@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import ktk
+from conftest import python_path
 from ktk.sft import kt_adapt_peft_lora
 from ktk.sft.modules import moe_layers
 from sft.models import batch, draw_adapters, eager, trained, with_peft, wrap
@@ -41,8 +41,7 @@ TOGETHER = (
 
 def run(cases: str, folder: Path, world: int = 2) -> tuple[list[int], float]:
     """Exit codes of all ranks, and the seconds between the first end and the last."""
-    path = os.pathsep.join([str(Path(ktk.__file__).parent.parent), str(TESTS)])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": python_path(TESTS), "OMP_NUM_THREADS": "1"}
     program = str(TESTS / "sft" / "ranks.py")
     ends: dict[int, float] = {}
     with (folder / "log").open("wb") as log:

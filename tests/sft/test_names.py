@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +17,7 @@ pytestmark = pytest.mark.any_binding
 
 def run_alone(script: str, folder: Path) -> None:
     """In a process of its own, with the ktk of this one."""
-    path = os.pathsep.join([str(Path(ktk.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path}
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=folder, env=environment)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=folder)
 
 
 KT_KERNEL = [

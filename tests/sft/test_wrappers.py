@@ -393,9 +393,10 @@ def test_load_kt_model(train_mode: str) -> None:
     model = load_kt_model(model_name_or_path=source, kt_plugin={"num_threads": 2, "train_mode": train_mode})
     assert model.training and len(model._kt_wrappers) == 2
     reference = wrap(eager("qwen3_moe"))
-    assert model(**batch()).logits.shape == reference(**batch()).logits.shape
-    loss = model(**batch()).loss
-    loss.backward()
+    # With CUDA the model is on the GPU.
+    output = model(**batch(device=model.device))
+    assert output.logits.shape == reference(**batch()).logits.shape
+    output.loss.backward()
 
 
 def test_load_kt_model_keeps_packed_files(tmp_path: Path) -> None:
@@ -403,7 +404,8 @@ def test_load_kt_model_keeps_packed_files(tmp_path: Path) -> None:
     first = load_kt_model(model_name_or_path=checkpoint("qwen3_moe"), kt_plugin=settings)
     assert len(list(tmp_path.glob("ktk-*.safetensors"))) == 2
     again = load_kt_model(model_name_or_path=checkpoint("qwen3_moe"), kt_plugin=settings)
-    assert torch.equal(first(**batch()).logits, again(**batch()).logits)
+    data = batch(device=first.device)
+    assert torch.equal(first(**data).logits, again(**data).logits)
 
 
 def test_load_kt_model_refuses() -> None:
