@@ -59,8 +59,9 @@ wheel: build/wheel/.done
 sdist: $(VENV)/.dev build/wheel/.done
 	PATH="$$PWD/$(BIN):$$PATH" $(BIN)/python tests/tools/check_sdist.py build/sdist build/wheel/*.whl
 
-native-test: $(VENV)/.dev
-	@PATH="$$PWD/$(BIN):$$PATH" tests/tools/native_tests.sh build/native-tests
+# In the folder that the wheel was made in: what they link with is the wheel's library.
+native-test: $(VENV)/.dev build/wheel/.done
+	@PATH="$$PWD/$(BIN):$$PATH" tests/tools/native_tests.sh build/native
 
 sanitize: $(VENV)/.dev
 	@PATH="$$PWD/$(BIN):$$PATH" tests/tools/native_tests.sh build/native-tests-thread thread
@@ -91,23 +92,31 @@ $(VENV)/.torch:
 	$(PIP) install "$(TORCH)"
 	@touch $@
 
+# Tools to compile with.
+$(VENV)/.build: $(VENV)/.torch pyproject.toml
+	$(BIN)/python tests/tools/requirements.py build > $(VENV)/build.txt
+	$(PIP) install -r $(VENV)/build.txt
+	@touch $@
+
 # Tools and libraries for work on ktk, without ktk itself.
-$(VENV)/.dev: $(VENV)/.torch pyproject.toml tests/constraints.txt
-	$(BIN)/python tests/tools/requirements.py > $(VENV)/dev.txt
+$(VENV)/.dev: $(VENV)/.build pyproject.toml tests/constraints.txt
+	$(BIN)/python tests/tools/requirements.py dev > $(VENV)/dev.txt
 	$(PIP) install -c tests/constraints.txt -r $(VENV)/dev.txt
 	@touch $@
 
-# Compiled in a clean environment, as for any user; the build folder is kept, for the next time to be quick.
-build/wheel/.done: $(VENV)/.torch $(SOURCES)
+# The build folder is kept, for the next time to be quick, and knows the C++ tests without building them.
+# In an environment of pip's own, as any user has it, `make sdist` builds.
+build/wheel/.done: $(VENV)/.build $(SOURCES)
 	rm -rf build/wheel
-	$(PIP) wheel --no-deps --wheel-dir build/wheel -Cbuild-dir=build/native .
+	PATH="$$PWD/$(BIN):$$PATH" $(PIP) wheel --no-deps --no-build-isolation --wheel-dir build/wheel \
+	  -Cbuild-dir=build/native -Csetup-args=-Dnative_tests=true .
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.dev build/wheel/.done
 	$(PIP) install --force-reinstall --no-deps build/wheel/*.whl
 	@touch $@
 
-$(VENV)/.demo: $(VENV)/.torch build/wheel/.done
+$(VENV)/.demo: build/wheel/.done
 	wheel=$$(echo build/wheel/*.whl); $(PIP) install -c tests/constraints.txt "$$wheel[cli,transformers]"
 	$(PIP) install --force-reinstall --no-deps build/wheel/*.whl
 	@touch $@

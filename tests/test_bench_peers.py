@@ -16,6 +16,8 @@ import torch
 from conftest import ROOT
 from ktk.bench.report import load_peers
 
+pytestmark = pytest.mark.any_binding
+
 SCRIPT = ROOT / "tests" / "bench" / "peers.py"
 
 

@@ -21,6 +21,8 @@ from reference.packing import ExpertWeights
 from reference.rounding import Array
 from strategies import DTYPES, make_input, make_weights
 
+pytestmark = pytest.mark.any_binding
+
 _kept: list[mmap.mmap] = []
 
 

@@ -21,6 +21,8 @@ from ktk.cli import main
 from ktk.cli.demo import _score
 from ktk.demo.train import read_corpus
 
+pytestmark = pytest.mark.any_binding
+
 
 @pytest.fixture(scope="module")
 def log() -> dict[str, Any]:

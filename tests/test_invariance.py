@@ -13,6 +13,8 @@ from reference.packing import ExpertWeights, Format
 from reference.rounding import BF16, F16, F32
 from strategies import DTYPES, Shape, make_input, make_routing, make_weights, seeds, shapes
 
+pytestmark = pytest.mark.any_binding
+
 ISAS = runnable_isas()
 INTEGER_FORMATS = tuple(form for form in FORMATS if form.integer)
 

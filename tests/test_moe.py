@@ -26,6 +26,8 @@ from strategies import (
     shapes,
 )
 
+pytestmark = pytest.mark.any_binding
+
 ISAS = runnable_isas()
 
 

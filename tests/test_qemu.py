@@ -12,7 +12,10 @@ import pytest
 from ktk import _native
 
 QEMU = shutil.which("qemu-x86_64") or shutil.which("qemu-x86_64-static")
-pytestmark = pytest.mark.skipif(QEMU is None, reason="needs qemu-x86_64 (Debian: qemu-user)")
+pytestmark = [
+    pytest.mark.any_binding,
+    pytest.mark.skipif(QEMU is None, reason="needs qemu-x86_64 (Debian: qemu-user)"),
+]
 
 # A layer small enough for an emulator, against float arithmetic in NumPy. Weights and inputs are multiples of
 # 1/8 that bf16 holds exactly; int8 is off by its quantisation, some percent of the largest output.

@@ -14,6 +14,8 @@ from reference.quantise import QuantisedMatrix, quantise_int4, quantise_int8, qu
 from reference.rounding import BF16, F16, F32, U32, fma32, round_bf16, round_to, ulp
 from strategies import make_routing, make_weights
 
+pytestmark = pytest.mark.any_binding
+
 FORMATS = (
     Format(0),
     Format(1),

@@ -142,7 +142,8 @@ struct Step {
   }
   bool operator==(const Step &other) const {
     const auto same = [](const Values &a, const Values &b) {
-      return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+      return a.size() == b.size() &&
+             (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);
     };
     bool all = same(output, other.output) && same(grad_input, other.grad_input) &&
                same(grad_weights, other.grad_weights);

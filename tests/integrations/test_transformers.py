@@ -18,6 +18,8 @@ from ktk.integrations.transformers import Activation, Options
 from reference.packing import Format
 from tiny_models import CONFIGS, checkpoint, load, make_config, oracle
 
+pytestmark = pytest.mark.any_binding
+
 FORMS = {
     "bf16": (Options(format="bf16", threads=2), Format(0)),
     "int8": (Options(format="int8", threads=2), Format(1, 128)),

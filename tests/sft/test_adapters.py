@@ -25,6 +25,8 @@ from ktk.sft.base import LORA_NAMES
 from ktk.sft.modules import moe_layers
 from sft.models import batch, draw_adapters, eager, trained, with_peft, wrap
 
+pytestmark = pytest.mark.any_binding
+
 
 def adapted(seed: int = 0, **settings: Any) -> Any:
     """A model with adapters of ktk's own."""

@@ -21,7 +21,7 @@ from ktk.sft.memory import estimate_memory
 from ktk.sft.run_config import read_run_config
 from ktk.sft.train import Corpus, fine_tune
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [pytest.mark.any_binding, pytest.mark.filterwarnings("ignore::UserWarning")]
 
 SETTINGS: dict[str, Any] = {
     "model": str(ktk.demo.model_dir()),

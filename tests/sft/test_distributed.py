@@ -19,6 +19,8 @@ from ktk.sft.modules import moe_layers
 from sft.models import batch, draw_adapters, eager, trained, with_peft, wrap
 from sft.ranks import TOKENS
 
+pytestmark = [pytest.mark.any_binding, pytest.mark.xdist_group("ranks")]
+
 TESTS = Path(__file__).resolve().parent.parent
 FAILURE_LIMIT_S = 30.0
 

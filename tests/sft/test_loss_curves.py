@@ -17,6 +17,8 @@ import torch
 
 from sft.models import batch, eager, with_peft, wrap
 
+pytestmark = pytest.mark.any_binding
+
 STEPS = 50
 FACTOR = 3.0
 

@@ -29,6 +29,8 @@ from reference.rounding import BF16, F32, Array
 from reference.sft import LORA_NAMES, UB, Gradients, Trainer, dropout_factors
 from strategies import ROUTINGS, activations, make_input, make_routing, make_weights, seeds, sizes
 
+pytestmark = pytest.mark.any_binding
+
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("shards", [1, 2, 3, 8])

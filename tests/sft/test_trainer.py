@@ -13,7 +13,7 @@ import transformers
 from ktk.integrations.trainer import KTTrainerCallback
 from sft.models import eager, lora_config, trained, with_peft, wrap
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+pytestmark = [pytest.mark.any_binding, pytest.mark.filterwarnings("ignore::UserWarning")]
 
 
 class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]

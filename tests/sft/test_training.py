@@ -15,6 +15,8 @@ from ktk.sft import autograd, kt_adapt_peft_lora
 from ktk.sft.modules import moe_layers
 from sft.models import batch, draw_adapters, eager, lora_config, pair, trained, with_peft, wrap
 
+pytestmark = pytest.mark.any_binding
+
 ARCHITECTURES = ("qwen3_moe", "mixtral", "deepseek_v3")
 
 # Experts multiply bfloat16 numbers, the eager model float32: a few roundings of 2^-9 each, one after the

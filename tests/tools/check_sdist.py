@@ -31,13 +31,13 @@ def build_sdist(folder: Path) -> Path:
 
 
 def build_wheel(sdist: Path, folder: Path) -> Path:
-    """Unpack an sdist and build the wheel; return its path."""
+    """Unpack an sdist and build the wheel as any user does, in pip's own environment; return its path."""
     with tarfile.open(sdist) as archive:
         # Python before 3.10.12 and 3.11.4 has no filters.
         archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     source = next(path for path in folder.iterdir() if path.is_dir())
     # It is the files that count: compile fewer kernels, and the rest as quickly as can be.
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps"]
     command += ["-Csetup-args=-Doptimization=0", "-Csetup-args=-Damx_emulation=false"]
     subprocess.run([*command, "--wheel-dir", str(folder), str(source)], check=True)
     return next(folder.glob("*.whl"))

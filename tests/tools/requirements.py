@@ -1,7 +1,7 @@
-"""Prints what pyproject.toml asks for: dependencies, and those of the extra `dev` with all it refers to.
+"""Prints what pyproject.toml asks for, since tools are needed before the project itself is built.
 
-pip installs the dependencies of a project only together with the project, and tools are needed before it is
-built.
+Usage: requirements.py build, for what compiles it; requirements.py dev, for its dependencies and those of the
+extra `dev`, with all that it refers to.
 """
 
 from __future__ import annotations
@@ -31,12 +31,18 @@ def requirements(extra: str, table: dict[str, list[str]], name: str) -> list[str
     return found
 
 
-def main() -> None:
+def main(purpose: str) -> None:
     """Print one requirement a line."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wanted = project["dependencies"] + requirements("dev", project["optional-dependencies"], project["name"])
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project = table["project"]
+    dev = requirements("dev", project["optional-dependencies"], project["name"])
+    if purpose == "build":
+        # meson-python asks for ninja only where a build has an environment of its own.
+        wanted = table["build-system"]["requires"] + [entry for entry in dev if entry.startswith("ninja")]
+    else:
+        wanted = project["dependencies"] + dev
     print("\n".join(dict.fromkeys(wanted)))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

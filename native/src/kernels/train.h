@@ -53,6 +53,12 @@ KTK_INLINE typename Ops::F load_source(const Source &source, int index, int64_t 
     const int64_t width = source.dtype == KTK_DTYPE_F32 ? 4 : 2;
     v = load_values<Ops>((const uint8_t *)source.values + row * source.stride * width, source.dtype, column,
                          source.columns);
+    if (source.dropout.threshold > 0 && source.dtype == KTK_DTYPE_F32) {
+      // It is the rounded input that is dropped and scaled, as where a context has kept that one.
+      uint16_t rounded[16];
+      Ops::store_bf16(rounded, v);
+      v = Ops::load_bf16(rounded);
+    }
   }
   if (source.dropout.threshold > 0) {
     const int32_t key_row = source.dropout_rows != nullptr ? source.dropout_rows[index] : (int32_t)row;

@@ -64,30 +64,25 @@ struct PortableOps {
   KTK_INLINE void store_i(void *p, I v) { __builtin_memcpy(p, &v, sizeof v); }
   // A store that may pass by the caches. `p` is aligned to 64 bytes.
   KTK_INLINE void stream_i(void *p, I v) { store_i(p, v); }
-  KTK_INLINE I add_i(I a, I b) { return a + b; }
-  KTK_INLINE I sub_i(I a, I b) { return a - b; }
+  // Modulo 2^32, as mul_i and the sum of all lanes.
+  typedef uint32_t U __attribute__((vector_size(64)));
+  KTK_INLINE I add_i(I a, I b) { return (I)((U)a + (U)b); }
+  KTK_INLINE I sub_i(I a, I b) { return (I)((U)a - (U)b); }
   // Lanes that 16 bits hold, those of `a` not negative.
   KTK_INLINE I mul_short(I a, I b) { return a * b; }
   KTK_INLINE I and_i(I a, I b) { return a & b; }
   KTK_INLINE I max_i(I a, I b) { return a > b ? a : b; }
   KTK_INLINE I shift_left_4(I a) { return a << 4; }
-  // Modulo 2^32.
-  KTK_INLINE I mul_i(I a, I b) {
-    typedef uint32_t U __attribute__((vector_size(64)));
-    return (I)((U)a * (U)b);
-  }
+  KTK_INLINE I mul_i(I a, I b) { return (I)((U)a * (U)b); }
   KTK_INLINE I xor_i(I a, I b) { return a ^ b; }
   KTK_INLINE I shift_left_16(I a) { return a << 16; }
   KTK_INLINE I shift_left_23(I a) { return a << 23; }
   // Logical, of 0 < count < 32.
-  KTK_INLINE I shift_right_i(I a, int count) {
-    typedef uint32_t U __attribute__((vector_size(64)));
-    return (I)((U)a >> (uint32_t)count);
-  }
+  KTK_INLINE I shift_right_i(I a, int count) { return (I)((U)a >> (uint32_t)count); }
   KTK_INLINE int32_t reduce_add_i(I a) {
-    int32_t sum = 0;
-    for (int n = 0; n < 16; n++) sum += a[n];
-    return sum;
+    uint32_t sum = 0;
+    for (int n = 0; n < 16; n++) sum += (uint32_t)a[n];
+    return (int32_t)sum;
   }
   KTK_INLINE int32_t reduce_max_i(I a) {
     int32_t largest = a[0];
@@ -98,7 +93,7 @@ struct PortableOps {
   // Rounds to nearest, ties to even. |a| < 2^22, or the lane's result is unspecified.
   KTK_INLINE I round_i(F a) {
     const F magic = set1_f(12582912.0f);  // 1.5 * 2^23: its unit in the last place is 1
-    return as_i(a + magic) - as_i(magic);
+    return sub_i(as_i(a + magic), as_i(magic));
   }
   KTK_INLINE F as_f(I a) { return (F)a; }
   KTK_INLINE I as_i(F a) { return (I)a; }
