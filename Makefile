@@ -31,7 +31,7 @@ help:
 	@echo "make native-test    C++ tests"
 	@echo "make sanitize       C++ tests under ThreadSanitizer, and under Address- and UBSanitizer"
 	@echo "make pytest         Python tests under the Cython binding; PYTEST_ARGS=... chooses some"
-	@echo "make pytest-ctypes  those that reach the native library, under the ctypes binding"
+	@echo "make pytest-ctypes  those to which the binding matters, under the ctypes binding"
 	@echo "make numa           where threads and memory are, on emulated machines with several NUMA nodes (20 minutes)"
 	@echo "make docs           HTML documentation in build/docs"
 	@echo "make clean          remove build/ and the virtual environment"

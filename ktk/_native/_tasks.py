@@ -69,7 +69,8 @@ class QueueTasks:
 
     def on_own_thread(self) -> bool:
         """Whether the caller is itself a task of this queue."""
-        return self._running_thread == threading.get_ident()
+        # Without a task the module is not needed: the interpreter may be ending, and have cleared it.
+        return self._running_thread is not None and self._running_thread == threading.get_ident()
 
     def _run(self, function: Callable[[], Any]) -> None:
         self._running_thread = threading.get_ident()
