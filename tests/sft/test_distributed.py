@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import re
 import subprocess
@@ -19,7 +21,7 @@ from ktk.sft.modules import moe_layers
 from sft.models import batch, draw_adapters, eager, trained, with_peft, wrap
 from sft.ranks import TOKENS
 
-pytestmark = [pytest.mark.any_binding, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.any_binding
 
 TESTS = Path(__file__).resolve().parent.parent
 FAILURE_LIMIT_S = 30.0
@@ -86,10 +88,22 @@ class Outcome:
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """All cases in one pair of processes: a failure that all ranks know of leaves them usable."""
-    folder = tmp_path_factory.mktemp("ranks")
-    codes, apart_s = run(",".join(TOGETHER), folder)
-    return Outcome(folder, codes, apart_s)
+    """All cases in one pair of processes: a failure that all ranks know of leaves them usable.
+
+    One pair for all processes of pytest-xdist: the first that comes runs it, and the others wait.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    done = shared / "ranks.json"
+    with (shared / "ranks.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            folder = tmp_path_factory.mktemp("ranks")
+            codes, apart_s = run(",".join(TOGETHER), folder)
+            done.write_text(json.dumps([str(folder), codes, apart_s]))
+    place, codes, apart_s = json.loads(done.read_text())
+    return Outcome(Path(place), codes, apart_s)
 
 
 @pytest.fixture
