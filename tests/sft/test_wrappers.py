@@ -76,7 +76,7 @@ def started(**changes: Any) -> tuple[AMXSFTMoEWrapper, list[torch.Tensor], list[
     return wrapper, weights, grads
 
 
-@pytest.mark.parametrize("method", ["AMXBF16_SFT", "AMXINT8_SFT", "INT8_SFT", "AMXINT4_SFT"])
+@pytest.mark.parametrize("method", ["AMXBF16_SFT", "AMXINT8_SFT", "INT8_SFT", "AMXINT4_SFT", "AMXFP8_SFT"])
 def test_forward_and_backward_of_every_method(method: str) -> None:
     wrapper, _, grads = started(method=method)
     x, ids, w = tokens(2, 9)
