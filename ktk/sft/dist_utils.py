@@ -24,8 +24,9 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from ktk.errors import KtkArgumentError
-from ktk.sft.base import BaseSFTMoEWrapper, Gradients, check_gradient
+from ktk.sft.base import BaseSFTMoEWrapper, Gradients
 from ktk.sft.errors import KTAMXDistributedError
+from ktk.sft.native import check_gradient
 
 __all__ = [
     "FailureBoard",
