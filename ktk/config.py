@@ -47,7 +47,8 @@ class FormatInfo:
 
 # int4 defaults to groups of 32: one outlier then costs the accuracy of 32 weights and not of a whole row,
 # which is what makes per-row int4 lose so much, and scales and zero points add three quarters of a bit to
-# each weight. fp8 has the blocks of 128 that checkpoints come with. For int8, groups of 128 cost an eighth of a bit and bring the error of a layer below 0.02.
+# each weight. For int8, groups of 128 cost an eighth of a bit and bring the error of a layer below 0.02. fp8
+# has the blocks of 128 that checkpoints come with.
 FORMATS: Mapping[str, FormatInfo] = MappingProxyType(
     {
         info.name: info

@@ -545,8 +545,8 @@ class Experts:
         gate_bias, up_bias, down_bias : torch.Tensor, optional
             ``[E, I]``, ``[E, I]``, ``[E, H]``, floating point. Those left out are zero.
         gate_scale, up_scale, down_scale : torch.Tensor, optional
-            For weights in float8_e4m3fn, and needed there: what each block of 128 by 128 weights is multiplied
-            with, floating point ``[E, ceil(I / 128), ceil(H / 128)]``, the same, and
+            For weights in float8_e4m3fn, and needed there: what each block of 128 by 128 weights is
+            multiplied with, floating point ``[E, ceil(I / 128), ceil(H / 128)]``, the same, and
             ``[E, ceil(H / 128), ceil(I / 128)]``. A layer of format fp8 takes weights and scales as they are.
         physical_to_logical_map : torch.Tensor or sequence of int, optional
             int64 ``[E]``: slot p holds expert ``map[p]``. Default: the identity.
@@ -581,8 +581,8 @@ class Experts:
             if (tensor is not None) != codes:
                 raise KtkArgumentError(
                     f"{name} and weights of float8_e4m3fn belong together: pass all three scales with such "
-                    f"weights and none with others, got gate of {getattr(gate, 'dtype', type(gate).__name__)} "
-                    f"and {'no ' if tensor is None else ''}{name}"
+                    f"weights and none with others, got {'no ' if tensor is None else ''}{name} and gate of "
+                    f"{getattr(gate, 'dtype', type(gate).__name__)}"
                 )
         for name, (tensor, shape) in (shapes | scales).items():
             matrix = not name.endswith(("bias", "scale"))

@@ -274,10 +274,14 @@ def test_checkpoints_with_block_scales(tmp_path: Path) -> None:
 def test_checkpoints_of_other_blocks_are_refused(tmp_path: Path) -> None:
     experts = make_experts(hidden=80, inner=144)
     other = {"quantization_config": {"weight_block_size": [64, 64]}}
-    with Checkpoint(checkpoint(tmp_path / "other", experts, **other)) as opened:
-        with pytest.raises(KtkUnsupportedError, match="128 by 128"):
-            opened.layer(3)
+    with (
+        Checkpoint(checkpoint(tmp_path / "other", experts, **other)) as opened,
+        pytest.raises(KtkUnsupportedError, match="128 by 128"),
+    ):
+        opened.layer(3)
     wrong = [(gate, up, Blocks(down.codes, down.scale.repeat(2, 0))) for gate, up, down in experts]
-    with Checkpoint(checkpoint(tmp_path / "wrong", wrong)) as opened:
-        with pytest.raises(KtkArgumentError, match="should have the shape"):
-            opened.layer(3).expert(0)
+    with (
+        Checkpoint(checkpoint(tmp_path / "wrong", wrong)) as opened,
+        pytest.raises(KtkArgumentError, match="should have the shape"),
+    ):
+        opened.layer(3).expert(0)

@@ -10,7 +10,7 @@ import abc
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +18,7 @@ from ktk.config import checked_int
 from ktk.errors import KtkArgumentError, KtkStateError
 from ktk.runtime import CPUInfer
 from ktk.sft.buffers import KExpertsSFTBuffer
+from ktk.sft.native import BASE_NAMES, LORA_NAMES, Policy, lora_shapes
 
 __all__ = [
     "BASE_NAMES",
@@ -29,26 +30,7 @@ __all__ = [
     "lora_shapes",
 ]
 
-LORA_NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
-"""The six adapter tensors of a layer, in the order in which they are passed."""
-
-BASE_NAMES = ("gate", "up", "down")
-"""The three weight tensors of a layer: gate and up ``[E, I, H]``, down ``[E, H, I]``."""
-
-Policy = Literal["none", "save", "recompute"]
 _Result = TypeVar("_Result")
-
-
-def lora_shapes(num_experts: int, hidden: int, inner: int, rank: int) -> dict[str, tuple[int, int, int]]:
-    """Shape of each adapter tensor, by the names of `LORA_NAMES`."""
-    return {
-        "gate_lora_a": (num_experts, rank, hidden),
-        "gate_lora_b": (num_experts, inner, rank),
-        "up_lora_a": (num_experts, rank, hidden),
-        "up_lora_b": (num_experts, inner, rank),
-        "down_lora_a": (num_experts, rank, inner),
-        "down_lora_b": (num_experts, hidden, rank),
-    }
 
 
 class SavedForward:

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-__all__ = ["LORA_NAMES", "ForwardContext", "Policy", "TrainableExperts", "check_gradient"]
+__all__ = [
+    "BASE_NAMES",
+    "LORA_NAMES",
+    "ForwardContext",
+    "Policy",
+    "TrainableExperts",
+    "check_gradient",
+    "lora_shapes",
+]
 
 LORA_NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
 """Adapters of one layer. A of gate and up is ``[E, r, H]`` and of down ``[E, r, I]``; B of gate and up is
@@ -75,6 +83,18 @@ def _checked_matrices(
     return dtypes.pop() if dtypes else torch.float32
 
 
+def lora_shapes(num_experts: int, hidden: int, inner: int, rank: int) -> dict[str, tuple[int, int, int]]:
+    """Shape of each adapter tensor, by the names of `LORA_NAMES`."""
+    return {
+        "gate_lora_a": (num_experts, rank, hidden),
+        "gate_lora_b": (num_experts, inner, rank),
+        "up_lora_a": (num_experts, rank, hidden),
+        "up_lora_b": (num_experts, inner, rank),
+        "down_lora_a": (num_experts, rank, inner),
+        "down_lora_b": (num_experts, hidden, rank),
+    }
+
+
 def check_gradient(gradient: torch.Tensor, tokens: int, hidden: int, layer_idx: int) -> None:
     """Raise `TypeError` or `KtkArgumentError` if a gradient of the output does not fit its forward
     ``[tokens, hidden]``, or is not finite."""
@@ -90,8 +110,8 @@ def check_gradient(gradient: torch.Tensor, tokens: int, hidden: int, layer_idx: 
         broken = torch.nonzero(~finite).flatten().tolist()
         raise KtkArgumentError(
             f"the gradient that reaches the experts of layer {layer_idx} holds NaN or infinity in "
-            f"{len(broken)} of {tokens} tokens, the first of which is token {broken[0]}: the loss, or a layer "
-            "after this one, overflowed. Lower the learning rate, or clip gradients"
+            f"{len(broken)} of {tokens} tokens, the first of which is token {broken[0]}: the loss, or a "
+            "layer after this one, overflowed. Lower the learning rate, or clip gradients"
         )
 
 
@@ -182,16 +202,8 @@ class TrainableExperts:
 
     def lora_shapes(self) -> dict[str, tuple[int, int, int]]:
         """Shape of each adapter, in the order of `LORA_NAMES`."""
-        config, r = self.experts.config, self.lora_rank
-        e, h, i = config.num_experts, config.hidden_size, config.intermediate_size
-        return {
-            "gate_lora_a": (e, r, h),
-            "gate_lora_b": (e, i, r),
-            "up_lora_a": (e, r, h),
-            "up_lora_b": (e, i, r),
-            "down_lora_a": (e, r, i),
-            "down_lora_b": (e, h, r),
-        }
+        config = self.experts.config
+        return lora_shapes(config.num_experts, config.hidden_size, config.intermediate_size, self.lora_rank)
 
     def base_shapes(self) -> dict[str, tuple[int, int, int]]:
         """Shape of each base weight."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ktk.config import FORMATS, LayerConfig
+from ktk.config import LayerConfig
 from ktk.errors import KtkUnsupportedError
 from ktk.layer import Experts, shared_cpu_infer
 from ktk.sft.amx import AMXSFTMoEWrapper
@@ -22,7 +22,7 @@ from ktk.sft.arch import (
 )
 from ktk.sft.config import KTConfig
 from ktk.sft.dist_utils import RankZeroRunner, Transport, is_distributed, world
-from ktk.sft.errors import KTAMXConfigError, KTAMXModelNotSupportedError, KTAMXNotAvailableError
+from ktk.sft.errors import KTAMXConfigError, KTAMXModelNotSupportedError
 from ktk.sft.layer import KTMoELayerWrapper
 from ktk.sft.weights import extract_moe_weights
 from ktk.weights.packed import find_packed
@@ -65,19 +65,11 @@ def wrap_moe_layers_with_kt_wrapper(
     ------
     KTAMXModelNotSupportedError
         If the model has no experts that ktk can train, or they have biases or an unknown activation.
-    KTAMXNotAvailableError
-        If this build lacks the weight format.
     """
     config = KTConfig.from_object(kt_plugin)
     if config.kt_wrap_fn is not None:
         custom: list[AMXSFTMoEWrapper | None] = config.kt_wrap_fn(model, **(config.kt_wrap_kwargs or {}))
         return custom
-    if config.method.format not in FORMATS:
-        raise KTAMXNotAvailableError(
-            f"kt_backend {config.kt_backend} needs the weight format {config.method.format}, which this "
-            f"build of "
-            f"ktk does not have; it has {', '.join(FORMATS)}"
-        )
     blocks = find_moe_blocks(model)
     if not blocks:
         raise KTAMXModelNotSupportedError(
@@ -347,12 +339,12 @@ def load_kt_model(
     method = settings.method
     rank, ranks = world()
     options = integration.Options(
-        format=method.format if method.format in FORMATS else "bf16",
+        format=method.format,
         threads=_cpu_infer(settings),
         max_tokens=settings.kt_model_max_length * ranks,
     )
     whole = settings.kt_full_weight_grad or not settings.kt_skip_expert_loading
-    if whole or method.format not in FORMATS:
+    if whole:
         import transformers
 
         loader: Any = transformers.AutoModelForCausalLM

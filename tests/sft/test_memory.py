@@ -123,7 +123,7 @@ def test_gradients_that_are_not_finite_are_refused(value: float) -> None:
     grad = torch.ones_like(x)
     broken = grad.clone()
     broken[7, 3] = broken[9, 0] = value
-    with pytest.raises(KtkArgumentError, match="NaN or infinity in 2 of 10 tokens, .* token 7: "):
+    with pytest.raises(KtkArgumentError, match=r"NaN or infinity in 2 of 10 tokens, .* token 7: "):
         context.backward(broken)
     # Nothing is lost: the same forward takes a sound gradient.
     assert torch.isfinite(context.backward(grad)[0]).all()

@@ -264,9 +264,9 @@ void ExpertStore::pack(int32_t expert, const ktk_expert_weights &weights) {
   present = 0;
 
   std::atomic<bool> finite{true};
-  const auto pack_panel = [&](int which, int64_t rows, int64_t row, int64_t columns,
-                              const Gemm &gemm, int64_t first_column, uint8_t *tiles, int64_t step_stride,
-                              uint8_t *scale, uint8_t *zero, int64_t group_stride) {
+  const auto pack_panel = [&](int which, int64_t rows, int64_t row, int64_t columns, const Gemm &gemm,
+                              int64_t first_column, uint8_t *tiles, int64_t step_stride, uint8_t *scale,
+                              uint8_t *zero, int64_t group_stride) {
     const void *pointers[kPanelColumns];
     const void *matrix = matrices[which];
     const float *scales = block_scales[which];
@@ -306,8 +306,8 @@ void ExpertStore::pack(int32_t expert, const ktk_expert_weights &weights) {
         uint8_t *scale = slot(shard, expert, KTK_PART_GATE_UP_SCALE) +
                          (panel * scales + which * kPanelColumns) * scale_bytes(gemm);
         uint8_t *zero = slot(shard, expert, KTK_PART_GATE_UP_ZERO) + panel * scales + which * kPanelColumns;
-        pack_panel(which, intermediate_size_, shard.range.first + panel * kPanelColumns,
-                   hidden_size_, gemm, 0, tiles, 2 * tile, scale, zero, 2 * kPanelColumns);
+        pack_panel(which, intermediate_size_, shard.range.first + panel * kPanelColumns, hidden_size_, gemm,
+                   0, tiles, 2 * tile, scale, zero, 2 * kPanelColumns);
       }
     } else {
       const Gemm &gemm = shard.down;

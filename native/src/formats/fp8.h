@@ -19,12 +19,13 @@ struct Fp8 {
   static constexpr Multiply kMultiply = Multiply::bf16;
   static constexpr float kLargest = 448.0f;
   static constexpr float kLeastNormal = 0.015625f;  // 2^-6
-  static constexpr int32_t kCodeOfExponent = (127 - 7) << 3;  // fp32 exponent and 3 bits of mantissa, less a code
+  static constexpr int32_t kCodeOfExponent = (127 - 7)
+                                             << 3;  // fp32 exponent and 3 bits of mantissa, less a code
   static constexpr int kStepsOfScale = kScaleBlock / kStepColumns;
 
   // The value of codes: 7 bits at bit 20 of each lane, where an fp32 has exponent and mantissa, and the sign
-  // bit of `signs`. Normal codes lack a bias of 120. Those below 2^-6 read with it as 2^-7 (1 + m / 8) instead
-  // of 2^-6 m / 8; twice that less 2^-6 is right for them, and for normal ones too large. All exact.
+  // bit of `signs`. Normal codes lack a bias of 120. Those below 2^-6 read with it as 2^-7 (1 + m / 8)
+  // instead of 2^-6 m / 8; twice that less 2^-6 is right for them, and for normal ones too large. All exact.
   template <class Ops>
   KTK_INLINE typename Ops::F decode(typename Ops::I magnitudes, typename Ops::I signs) {
     const typename Ops::F biased = Ops::as_f(Ops::add_i(magnitudes, Ops::set1_i(120 << 23)));
@@ -137,7 +138,8 @@ struct Fp8 {
       store_scales(args, first, scale);
     }
     for (int64_t column = 0; column < (int64_t)gemm.steps * kStepColumns; column += 4) {
-      uint8_t *line = args->tiles + column / kStepColumns * args->step_stride_bytes + column % kStepColumns * 16;
+      uint8_t *line =
+          args->tiles + column / kStepColumns * args->step_stride_bytes + column % kStepColumns * 16;
       const int64_t left = gemm.depth - column;
       for (int n = 0; n < kPanelColumns; n++) {
         uint8_t codes[4] = {};
