@@ -20,9 +20,9 @@ constexpr int kBlockRows = 16;         // rows of one block of activations: a ti
 constexpr int kStepBytes = 64;         // bytes of K that one step advances each row
 constexpr int kActivationGroup = 128;  // columns of a row of activations that share a scale, where they do
 constexpr int kIntermediateGroup = kActivationGroup;  // columns of the intermediate made by one unit of work
-constexpr int kFormats = 4;                           // values of ktk_format
-constexpr int kScaleBlock = 128;                      // columns of e4m3 weights that share a scale
-constexpr int kPassRows = 512;  // most rows of one pass over weight panels (see kernels/expert.h)
+constexpr int kPassRows = 512;    // most rows of one pass over weight panels (see kernels/expert.h)
+constexpr int kFormats = 4;       // values of ktk_format
+constexpr int kScaleBlock = 128;  // columns of e4m3 weights that share a scale
 
 // One projection as the kernels see it: K is cut into steps, and steps into segments, within which
 // integer products share one weight scale and one activation scale.

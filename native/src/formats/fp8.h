@@ -18,9 +18,8 @@ struct Fp8 {
   static constexpr int kZeroPoint = 0;
   static constexpr Multiply kMultiply = Multiply::bf16;
   static constexpr float kLargest = 448.0f;
-  static constexpr float kLeastNormal = 0.015625f;  // 2^-6
-  static constexpr int32_t kCodeOfExponent = (127 - 7)
-                                             << 3;  // fp32 exponent and 3 bits of mantissa, less a code
+  static constexpr float kLeastNormal = 0.015625f;        // 2^-6
+  static constexpr int32_t kBiasOfCodes = (127 - 7) * 8;  // of an fp32's exponent and 3 bits of mantissa
   static constexpr int kStepsOfScale = kScaleBlock / kStepColumns;
 
   // The value of codes: 7 bits at bit 20 of each lane, where an fp32 has exponent and mantissa, and the sign
@@ -72,7 +71,7 @@ struct Fp8 {
     const I magnitude = Ops::and_i(bits, Ops::set1_i(0x7fffffff));
     const I odd = Ops::and_i(Ops::shift_right_i(magnitude, 20), Ops::set1_i(1));
     const I rounded = Ops::add_i(magnitude, Ops::add_i(odd, Ops::set1_i(0x7ffff)));
-    const I normal = Ops::sub_i(Ops::shift_right_i(rounded, 20), Ops::set1_i(kCodeOfExponent));
+    const I normal = Ops::sub_i(Ops::shift_right_i(rounded, 20), Ops::set1_i(kBiasOfCodes));
     // Below 2^-6 codes count steps of 2^-9, and code 8 is 2^-6; normal codes are smaller there, larger above.
     const typename Ops::F steps = Ops::mul(Ops::as_f(magnitude), Ops::set1_f(512.0f));
     const I subnormal = Ops::round_i(Ops::min(Ops::set1_f(8.0f), steps));

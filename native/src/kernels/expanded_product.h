@@ -55,8 +55,9 @@ static void expanded_product(const Product &p, int first, int last, float *out) 
     for (int s = 0; s < steps; s++) {
       for (int pair = 0; pair < 16; pair++) {
         for (int j = 0; j < NT; j++) {
-          const typename Ops::WB split = Ops::split_bf16(p.tiles + j * p.tile_stride_bytes +
-                                                         (step0 - p.first_step + s) * p.step_stride_bytes + pair * 64);
+          const typename Ops::WB split =
+              Ops::split_bf16(p.tiles + j * p.tile_stride_bytes +
+                              (step0 - p.first_step + s) * p.step_stride_bytes + pair * 64);
           Ops::store_f(to + j * kPanelColumns, split.even);
           Ops::store_f(to + (NT + j) * kPanelColumns, split.odd);
         }
