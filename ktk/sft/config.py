@@ -163,7 +163,9 @@ class KTConfig:
     kt_expert_weight_format : {"bf16", "int8", "int4", "fp8"}, optional
         Format of the experts; default: what `kt_backend` says.
     kt_weight_lifecycle : {"persistent", "ephemeral"}, default "persistent"
-        ``"ephemeral"`` is not available: experts stay in memory.
+        What becomes of the files in `kt_weight_path`. ``"ephemeral"``: each layer's file is removed once its
+        weights are in memory, and none is written, so that weights prepared in ``/dev/shm`` do not take
+        memory twice; a file that holds several layers stays.
     kt_expert_checkpoint_path : str, optional
         Checkpoint to read the experts from; default: the model's.
     kt_num_gpu_experts : int, default 0
@@ -214,7 +216,7 @@ class KTConfig:
     kt_weight_path: str | None = _setting(None, "str")
     kt_non_expert_weight_path: str | None = _setting(None, "str")
     kt_expert_weight_format: str | None = _setting(None, "str", choices=tuple(BACKENDS))
-    kt_weight_lifecycle: str = _setting("persistent", "str", choices=("persistent",))
+    kt_weight_lifecycle: str = _setting("persistent", "str", choices=("persistent", "ephemeral"))
     kt_expert_checkpoint_path: str | None = _setting(None, "str")
     kt_num_gpu_experts: int = _setting(0, "int", low=0, high=0)
     kt_skip_expert_loading: bool = _setting(True, "bool")

@@ -16,10 +16,10 @@ from torch import nn
 
 import ktk
 from ktk.errors import KtkArgumentError
+from ktk.sft.artifacts import save_kt_adapter_artifacts
 from ktk.sft.checkpoint import (
     last_checkpoint,
     load_training_state,
-    save_kt_adapter_artifacts,
     save_training_state,
 )
 from ktk.sft.config import BACKENDS

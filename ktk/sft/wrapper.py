@@ -25,7 +25,7 @@ from ktk.sft.dist_utils import RankZeroRunner, Transport, is_distributed, world
 from ktk.sft.errors import KTAMXConfigError, KTAMXModelNotSupportedError
 from ktk.sft.layer import KTMoELayerWrapper
 from ktk.sft.weights import extract_moe_weights
-from ktk.weights.packed import find_packed
+from ktk.weights.packed import discard_packed, find_packed
 
 __all__ = [
     "build_kt_device_map",
@@ -208,6 +208,8 @@ def _pack(block: MoEBlock, arch: MOEArchConfig, config: KTConfig, ranks: int) ->
         file = find_packed(config.kt_weight_path, layer.format, layer.layer_idx)
     if file is not None:
         experts.load_packed(file)
+        if config.kt_weight_lifecycle == "ephemeral":
+            discard_packed(file.parent, layer.format, layer.layer_idx)
     elif config.kt_expert_checkpoint_path is not None:
         experts.load_checkpoint(config.kt_expert_checkpoint_path)
     else:
@@ -354,6 +356,7 @@ def load_kt_model(
             path,
             options,
             packed=settings.kt_weight_path,
+            keep_packed=settings.kt_weight_lifecycle == "persistent",
             progress=progress,
             load_experts=rank == 0,
             **loading,

@@ -32,6 +32,7 @@ __all__ = [
     "PackedLayer",
     "PackedWriter",
     "PartSpec",
+    "discard_packed",
     "find_packed",
     "packed_path",
 ]
@@ -265,6 +266,15 @@ def find_packed(path: str | os.PathLike[str], format: str, layer_idx: int) -> Pa
         if candidate.is_file():
             return candidate
     return None
+
+
+def discard_packed(path: str | os.PathLike[str], format: str, layer_idx: int) -> None:
+    """Remove the file of one layer from a directory of packed files, if there is one.
+
+    Files that hold several layers, and a `path` that is a file, stay.
+    """
+    if Path(path).is_dir():
+        packed_path(path, format, layer_idx).unlink(missing_ok=True)
 
 
 class PackedWriter:
