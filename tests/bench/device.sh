@@ -7,6 +7,7 @@
 #   tests/bench/device.sh isa ISA NAME [OPTIONS]   the same on another instruction set
 #   tests/bench/device.sh scaling NAME [OPTIONS]   1, 2, 4 ... all threads, three formats
 #   tests/bench/device.sh peers NAME [OPTIONS]     ktk beside other libraries
+#   tests/bench/device.sh sft NAME [OPTIONS]       fine-tuning: forward and backward, 512 to 8192 tokens
 #   tests/bench/device.sh draw                     pictures of what is in $OUT
 #
 # NAME is a shape of `ktk bench`, OPTIONS are passed on. Results go to $OUT (build/device/out). Every command builds
