@@ -21,9 +21,10 @@ from ktk.sft.arch import (
     move_non_experts_to_gpu,
 )
 from ktk.sft.config import KTConfig
-from ktk.sft.dist_utils import RankZeroRunner, Transport, is_distributed, world
+from ktk.sft.dist_utils import RankZeroRunner
 from ktk.sft.errors import KTAMXConfigError, KTAMXModelNotSupportedError
 from ktk.sft.layer import KTMoELayerWrapper
+from ktk.sft.transport import Transport, is_distributed, world
 from ktk.sft.weights import extract_moe_weights
 from ktk.weights.packed import discard_packed, find_packed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -21,7 +22,9 @@ def main() -> None:
     step(found, accelerator.process_index, accelerator.num_processes)
     save(found, Path(sys.argv[1]))
     optimizer.step()
-    accelerator.end_training()
+    accelerator.wait_for_everyone()
+    # At once: a Gloo group that DDP frees may wait for its own thread, which waits for the interpreter.
+    os._exit(0)
 
 
 if __name__ == "__main__":

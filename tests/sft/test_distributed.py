@@ -177,7 +177,7 @@ def test_accelerator_under_torchrun(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     actual = torch.load(tmp_path / "gradients.pt")
