@@ -26,7 +26,7 @@ class FormatInfo:
     Parameters
     ----------
     name : str
-        Name for users and file headers: ``"bf16"``, ``"int8"``, ``"int4"``.
+        Name for users and file headers: ``"bf16"``, ``"int8"``, ``"int4"``, ``"fp8"``.
     code : int
         Value of the C enumeration ``ktk_format``.
     group_sizes : tuple of int
@@ -47,7 +47,8 @@ class FormatInfo:
 
 # int4 defaults to groups of 32: one outlier then costs the accuracy of 32 weights and not of a whole row,
 # which is what makes per-row int4 lose so much, and scales and zero points add three quarters of a bit to
-# each weight. For int8, groups of 128 cost an eighth of a bit and bring the error of a layer below 0.02.
+# each weight. For int8, groups of 128 cost an eighth of a bit and bring the error of a layer below 0.02. fp8
+# has the blocks of 128 that checkpoints come with.
 FORMATS: Mapping[str, FormatInfo] = MappingProxyType(
     {
         info.name: info
@@ -59,12 +60,15 @@ FORMATS: Mapping[str, FormatInfo] = MappingProxyType(
             FormatInfo(
                 name="int4", code=2, group_sizes=(0, 32, 64, 128), default_group_size=32, asymmetric=True
             ),
+            FormatInfo(name="fp8", code=3, group_sizes=(128,), default_group_size=128, asymmetric=False),
         )
     }
 )
 """Weight formats by name."""
 
-METHODS: Mapping[str, str] = MappingProxyType({"AMXINT4": "int4", "AMXINT8": "int8", "BF16": "bf16"})
+METHODS: Mapping[str, str] = MappingProxyType(
+    {"AMXINT4": "int4", "AMXINT8": "int8", "BF16": "bf16", "FP8": "fp8"}
+)
 """Weight format of each method of `ktk.KTMoEWrapper`. The names are historical: all run on every instruction
 set."""
 
@@ -75,7 +79,7 @@ def format_info(name: str) -> FormatInfo:
     Parameters
     ----------
     name : str
-        ``"bf16"``, ``"int8"`` or ``"int4"``.
+        ``"bf16"``, ``"int8"``, ``"int4"`` or ``"fp8"``.
 
     Returns
     -------
@@ -100,7 +104,7 @@ def format_of_method(method: str) -> str:
     Parameters
     ----------
     method : str
-        ``"AMXINT4"``, ``"AMXINT8"`` or ``"BF16"``.
+        ``"AMXINT4"``, ``"AMXINT8"``, ``"BF16"`` or ``"FP8"``.
 
     Returns
     -------
@@ -160,7 +164,7 @@ class LayerConfig:
         A key of `FORMATS`.
     group_size : int, optional
         Input columns that share a scale: 32, 64 or 128, or 0 for one scale a row. Default: 32 for int4, 128
-        for int8. bf16: 0.
+        for int8. fp8: 128. bf16: 0.
     asymmetric : bool, optional
         int4 with groups: one zero point a group. Default: True for int4 with groups, else False.
     swiglu_limit : float, default 0.0

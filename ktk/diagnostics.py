@@ -29,7 +29,7 @@ __all__ = ["collect", "exit_code", "main", "render"]
 PACKAGES = ("torch", "transformers", "numpy", "safetensors", "typer", "rich", "peft", "accelerate", "Cython")
 # Row counts at which kernels are asked for; every threshold of the dispatch lies below the largest.
 ROWS = (*range(1, 65), 96, 128, 256, 512)
-FORMAT_NAMES = ("bf16", "int8", "int4")
+FORMAT_NAMES = ("bf16", "int8", "int4", "fp8")
 CPU_FLAGS = re.compile(r"^(avx|avx2|fma|f16c|avx512\w*|avx_vnni\w*|amx_\w+)$")
 CHILD_TIMEOUT_S = 120
 

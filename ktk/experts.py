@@ -418,7 +418,7 @@ class BaseMoEWrapper(abc.ABC):
 
 
 class AMXMoEWrapper(BaseMoEWrapper):
-    """Backend of the methods AMXINT4, AMXINT8 and BF16, on every instruction set; made by `KTMoEWrapper`."""
+    """Backend of AMXINT4, AMXINT8, BF16 and FP8, on every instruction set; made by `KTMoEWrapper`."""
 
     def load_weights_from_tensors(
         self,
@@ -539,8 +539,8 @@ class KTMoEWrapper:
         Experts of each token that arrive with the next layer's result; default 0. Must be 0 on the last
         layer.
     method : str, default "AMXINT4"
-        ``"AMXINT4"``, ``"AMXINT8"`` or ``"BF16"``. AMXINT4 uses groups of 32 unless `group_size` says
-        otherwise.
+        ``"AMXINT4"``, ``"AMXINT8"``, ``"BF16"`` or ``"FP8"``. AMXINT4 uses groups of 32 unless `group_size`
+        says otherwise.
     numa_nodes : sequence of int, optional
         NUMA node of each subpool; default: 0, 1, 2 ...
     mode : str, default "inference"

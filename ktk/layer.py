@@ -247,6 +247,9 @@ class Experts:
         gate_bias: torch.Tensor | None = None,
         up_bias: torch.Tensor | None = None,
         down_bias: torch.Tensor | None = None,
+        gate_scale: torch.Tensor | None = None,
+        up_scale: torch.Tensor | None = None,
+        down_scale: torch.Tensor | None = None,
         cpu_infer: CPUInfer | None = None,
         threads: int | None = None,
         threadpool_count: int | None = None,
@@ -259,13 +262,15 @@ class Experts:
         Parameters
         ----------
         gate, up : torch.Tensor
-            ``[E, I, H]``, bfloat16, float16 or float32.
+            ``[E, I, H]``, bfloat16, float16, float32, or float8_e4m3fn with scales.
         down : torch.Tensor
             ``[E, H, I]`` of the same dtype.
         num_experts_per_tok : int
             k.
         gate_bias, up_bias, down_bias : torch.Tensor, optional
             ``[E, I]``, ``[E, I]``, ``[E, H]``.
+        gate_scale, up_scale, down_scale : torch.Tensor, optional
+            Of weights in float8_e4m3fn, see `load_tensors`.
         cpu_infer, threads, threadpool_count, numa_nodes, gpu_experts_mask
             As for the class.
         **options
@@ -300,7 +305,17 @@ class Experts:
             numa_nodes=numa_nodes,
             gpu_experts_mask=gpu_experts_mask,
         )
-        layer.load_tensors(gate, up, down, gate_bias=gate_bias, up_bias=up_bias, down_bias=down_bias)
+        layer.load_tensors(
+            gate,
+            up,
+            down,
+            gate_bias=gate_bias,
+            up_bias=up_bias,
+            down_bias=down_bias,
+            gate_scale=gate_scale,
+            up_scale=up_scale,
+            down_scale=down_scale,
+        )
         return layer
 
     @classmethod
@@ -511,6 +526,9 @@ class Experts:
         gate_bias: torch.Tensor | None = None,
         up_bias: torch.Tensor | None = None,
         down_bias: torch.Tensor | None = None,
+        gate_scale: torch.Tensor | None = None,
+        up_scale: torch.Tensor | None = None,
+        down_scale: torch.Tensor | None = None,
         physical_to_logical_map: torch.Tensor | Sequence[int] | None = None,
         save_to: str | os.PathLike[str] | None = None,
         source: str = "tensors",
@@ -520,12 +538,16 @@ class Experts:
         Parameters
         ----------
         gate, up : torch.Tensor
-            ``[E, I, H]``, bfloat16, float16 or float32. Experts on other devices, or that are not contiguous,
-            are copied one at a time.
+            ``[E, I, H]``, bfloat16, float16, float32, or float8_e4m3fn with scales. Experts on other devices,
+            or that are not contiguous, are copied one at a time.
         down : torch.Tensor
             ``[E, H, I]`` of the same dtype.
         gate_bias, up_bias, down_bias : torch.Tensor, optional
             ``[E, I]``, ``[E, I]``, ``[E, H]``, floating point. Those left out are zero.
+        gate_scale, up_scale, down_scale : torch.Tensor, optional
+            For weights in float8_e4m3fn, and needed there: what each block of 128 by 128 weights is
+            multiplied with, floating point ``[E, ceil(I / 128), ceil(H / 128)]``, the same, and
+            ``[E, ceil(H / 128), ceil(I / 128)]``. A layer of format fp8 takes weights and scales as they are.
         physical_to_logical_map : torch.Tensor or sequence of int, optional
             int64 ``[E]``: slot p holds expert ``map[p]``. Default: the identity.
         save_to : path, optional
@@ -548,18 +570,33 @@ class Experts:
             "up_bias": (up_bias, (config.num_experts, config.intermediate_size)),
             "down_bias": (down_bias, (config.num_experts, config.hidden_size)),
         }
-        for name, (tensor, shape) in shapes.items():
-            if tensor is None and name.endswith("bias"):
+        codes = isinstance(gate, torch.Tensor) and gate.dtype == torch.float8_e4m3fn
+        blocks_in, blocks_out = -(-config.hidden_size // 128), -(-config.intermediate_size // 128)
+        scales = {
+            "gate_scale": (gate_scale, (config.num_experts, blocks_out, blocks_in)),
+            "up_scale": (up_scale, (config.num_experts, blocks_out, blocks_in)),
+            "down_scale": (down_scale, (config.num_experts, blocks_in, blocks_out)),
+        }
+        for name, (tensor, _) in scales.items():
+            if (tensor is not None) != codes:
+                raise KtkArgumentError(
+                    f"{name} and weights of float8_e4m3fn belong together: pass all three scales with such "
+                    f"weights and none with others, got {'no ' if tensor is None else ''}{name} and gate of "
+                    f"{getattr(gate, 'dtype', type(gate).__name__)}"
+                )
+        for name, (tensor, shape) in (shapes | scales).items():
+            matrix = not name.endswith(("bias", "scale"))
+            if tensor is None and not matrix:
                 continue
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
             if tuple(tensor.shape) != shape:
                 raise KtkArgumentError(f"{name} must have the shape {list(shape)}, got {list(tensor.shape)}")
-            if tensor.dtype not in _DTYPE_CODES:
+            if tensor.dtype not in _DTYPE_CODES and not (matrix and codes):
                 raise KtkArgumentError(f"{name} must be bfloat16, float16 or float32, got {tensor.dtype}")
             if tensor.device.type == "meta":
                 raise KtkArgumentError(f"{name} is on the meta device and has no values; load it first")
-            if not name.endswith("bias") and tensor.dtype != gate.dtype:
+            if matrix and tensor.dtype != gate.dtype:
                 raise KtkArgumentError(
                     f"{name} must have the dtype of gate ({gate.dtype}), got {tensor.dtype}"
                 )
@@ -572,6 +609,9 @@ class Experts:
                 gate_bias=None if gate_bias is None else gate_bias[logical],
                 up_bias=None if up_bias is None else up_bias[logical],
                 down_bias=None if down_bias is None else down_bias[logical],
+                gate_scale=None if gate_scale is None else gate_scale[logical],
+                up_scale=None if up_scale is None else up_scale[logical],
+                down_scale=None if down_scale is None else down_scale[logical],
             )
 
         bias = not (gate_bias is None and up_bias is None and down_bias is None)
@@ -711,6 +751,8 @@ class Experts:
         self._logical, self._logical_experts = slots, logical_experts
 
     def _pack(self, slot: int, weights: ExpertWeights, clear_bias: bool) -> None:
+        if self.config.format != "fp8":
+            weights = weights.dequantised()
         dtype = weights.gate.dtype
 
         def usable(tensor: torch.Tensor, wanted: torch.dtype) -> torch.Tensor:
@@ -719,13 +761,14 @@ class Experts:
             return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
         matrices = [usable(tensor, dtype) for tensor in (weights.gate, weights.up, weights.down)]
-        given = (weights.gate_bias, weights.up_bias, weights.down_bias)
-        biases = [None if bias is None else usable(bias, torch.float32) for bias in given]
+        biases = (weights.gate_bias, weights.up_bias, weights.down_bias)
+        scales = (weights.gate_scale, weights.up_scale, weights.down_scale)
+        others = [None if other is None else usable(other, torch.float32) for other in (*biases, *scales)]
         self.native.pack_expert(
             slot,
-            _DTYPE_CODES[dtype],
+            _native.DTYPE_F8_E4M3 if dtype == torch.float8_e4m3fn else _DTYPE_CODES[dtype],
             *(tensor.data_ptr() for tensor in matrices),
-            *(0 if bias is None else bias.data_ptr() for bias in biases),
+            *(0 if other is None else other.data_ptr() for other in others),
         )
         if clear_bias:
             self._import_zero_bias(slot)

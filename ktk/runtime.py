@@ -434,7 +434,12 @@ class CPUInfer:
         return f"<CPUInfer: {pool.thread_count} threads in {pool.subpool_count} subpools>"
 
 
-FORMAT_NAMES = {"bf16": _native.FORMAT_BF16, "int8": _native.FORMAT_INT8, "int4": _native.FORMAT_INT4}
+FORMAT_NAMES = {
+    "bf16": _native.FORMAT_BF16,
+    "int8": _native.FORMAT_INT8,
+    "int4": _native.FORMAT_INT4,
+    "fp8": _native.FORMAT_FP8,
+}
 SHOWN_ROWS = (1, 8, 64)
 """Tokens per expert for which `runtime_info` names the kernels: decoding, a small batch, prefill."""
 

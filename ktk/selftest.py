@@ -46,10 +46,12 @@ CASES = (
     Case("int4 row", _native.FORMAT_INT4),
     Case("int4 g32", _native.FORMAT_INT4, 32),
     Case("int4 g32 asym", _native.FORMAT_INT4, 32, True),
+    Case("fp8", _native.FORMAT_FP8, 128),
 )
 # Largest relative L2 distance of the packed weights, Gaussian, from the ones they were made from.
 PACKING_ERROR = {"bf16": 0.002, "int8 row": 0.01, "int8 g128": 0.01, "int4 row": 0.15, "int4 g32": 0.1}
-PACKING_ERROR["int4 g32 asym"] = 0.09
+PACKING_ERROR |= {"int4 g32 asym": 0.09, "fp8": 0.03}
+FLOAT_FORMATS = (_native.FORMAT_BF16, _native.FORMAT_FP8)
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,8 @@ def unpack(tiles: npt.NDArray[np.uint8], bits: int, rows: int, columns: int) -> 
         values = np.stack([halves & 15, halves >> 4], axis=2)  # [panel, step, half, quad, neuron, 4]
         ordered = values.transpose(0, 4, 1, 2, 3, 5)
     else:
-        values = flat.view(np.uint16 if bits == 16 else np.uint8).reshape(panels, -1, 16, 16, 32 // bits)
-        ordered = values.transpose(0, 3, 1, 2, 4)
+        values = flat.view(np.uint16 if bits == 16 else np.uint8).reshape(panels, -1, 16, 32 // bits)
+        ordered = values.transpose(0, 2, 1, 3)
     return np.ascontiguousarray(ordered).reshape(panels * 16, -1)[:rows, :columns]
 
 
@@ -114,7 +116,7 @@ def stored_weights(layer: _native.Moe, case: Case, expert: int) -> tuple[F32, F3
         rows: int,
         columns: int,
     ) -> F32:
-        bits = {_native.FORMAT_BF16: 16, _native.FORMAT_INT8: 8, _native.FORMAT_INT4: 4}[case.format]
+        bits = {_native.FORMAT_BF16: 16, _native.FORMAT_INT4: 4}.get(case.format, 8)
         stored = unpack(weight, bits, rows, columns)
         if bits == 16:
             wide: F32 = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -127,6 +129,12 @@ def stored_weights(layer: _native.Moe, case: Case, expert: int) -> tuple[F32, F3
             spread: F32 = expanded.reshape(-1, expanded.shape[2])[:rows, of_column].astype(np.float32)
             return spread
 
+        if case.format == _native.FORMAT_FP8:
+            exponent, mantissa = (stored >> 3) & 15, (stored & 7).astype(np.float32)
+            normal = np.ldexp(1 + mantissa / 8, exponent.astype(np.int32) - 7)
+            magnitude = np.where(exponent == 0, np.ldexp(mantissa, -9), normal)
+            signed = np.where(stored >> 7, -magnitude, magnitude).astype(np.float32)
+            return to_bf16(signed * by_weight(scale.view(np.float32)))
         if case.group_size:
             scale = (scale.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.uint8)
         offset = by_weight(zero) / 16 if case.asymmetric else np.float32(2 ** (bits - 1))
@@ -138,9 +146,10 @@ def stored_weights(layer: _native.Moe, case: Case, expert: int) -> tuple[F32, F3
         pairs = packed.reshape(-1, 2, unit) if packed.size else packed.reshape(0, 2, unit)
         return [np.ascontiguousarray(pairs[:, which]).reshape(-1) for which in (0, 1)]
 
-    tile_bytes = 512 if case.format == _native.FORMAT_INT4 else 1024
+    tile_bytes = 512 if case.format in (_native.FORMAT_INT4, _native.FORMAT_FP8) else 1024
+    scale_bytes = 2 if case.group_size and case.format != _native.FORMAT_FP8 else 4
     weight = halves(_native.PART_GATE_UP_WEIGHT, tile_bytes)
-    scale = halves(_native.PART_GATE_UP_SCALE, 16 * (2 if case.group_size else 4))
+    scale = halves(_native.PART_GATE_UP_SCALE, 16 * scale_bytes)
     zero = halves(_native.PART_GATE_UP_ZERO, 16)
     gate, up = (values(weight[i], scale[i], zero[i], INTERMEDIATE, HIDDEN) for i in (0, 1))
     packed_down = part(_native.PART_DOWN_WEIGHT), part(_native.PART_DOWN_SCALE), part(_native.PART_DOWN_ZERO)
@@ -151,7 +160,7 @@ def reference(
     case: Case, x: F32, ids: npt.NDArray[np.int64], route: F32, experts: list[tuple[F32, F32, F32]]
 ) -> F32:
     """Forward of a layer in float64: x [B, H], ids, route [B, k], experts (gate, up [I, H], down [H, I])."""
-    float_format = case.format == _native.FORMAT_BF16
+    float_format = case.format in FLOAT_FORMATS
     input_group = ACTIVATION_GROUP if case.group_size else x.shape[-1]
     x = to_bf16(x) if float_format else round_trip_int8(x, input_group)
     y = np.zeros(x.shape, np.float64)

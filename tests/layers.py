@@ -32,6 +32,7 @@ FORMATS = (
     Format(_native.FORMAT_INT4, 128, True),
     Format(_native.FORMAT_INT8, 32),
     Format(_native.FORMAT_INT8, 128),
+    Format(_native.FORMAT_FP8, 128),
 )
 
 PLAIN = Activation()

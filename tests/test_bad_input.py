@@ -110,13 +110,14 @@ def test_defaults_of_the_formats() -> None:
         "bf16": (0, False),
         "int8": (128, False),
         "int4": (32, True),
+        "fp8": (128, False),
     }
     assert not LayerConfig(**CONFIG, format="int4", group_size=0).zero_points
     assert not LayerConfig(**CONFIG, format="int4", asymmetric=False).zero_points
 
 
 def test_tables_of_formats_and_methods() -> None:
-    assert dict(METHODS) == {"AMXINT4": "int4", "AMXINT8": "int8", "BF16": "bf16"}
+    assert dict(METHODS) == {"AMXINT4": "int4", "AMXINT8": "int8", "BF16": "bf16", "FP8": "fp8"}
     assert set(METHODS.values()) == set(FORMATS)
     for name in FORMATS:
         assert format_info(name).name == name
@@ -285,7 +286,7 @@ def test_weights_that_are_not_finite(method: str, value: float) -> None:
         made.forward(*batch(5, 2))
     made.load_weights_from_tensors(*Weights.random(1).matrices(), torch.arange(4))
     inputs = batch(5, 2)
-    form = {"AMXINT4": "int4", "AMXINT8": "int8", "BF16": "bf16"}[method]
+    form = METHODS[method]
     assert_wrapper_matches(made.forward(*inputs), Weights.random(1).reference(form_of(form)), *inputs)
 
 

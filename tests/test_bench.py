@@ -25,7 +25,7 @@ MEGABYTE = 1 << 20
 # ---- probes --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", [_native.FORMAT_BF16, _native.FORMAT_INT8, _native.FORMAT_INT4])
+@pytest.mark.parametrize("format", range(_native.FORMAT_FP8 + 1))
 def test_product_probes_count_operations_of_all_threads(format: int, isa: str, pool: _native.Pool) -> None:
     with _native.Probe(pool, kind=_native.PROBE_PRODUCT, format=format, isa=isa) as probe:
         names = probe.variants

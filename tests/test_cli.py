@@ -59,9 +59,9 @@ def test_sampling_repeats_with_its_seed(capsys: pytest.CaptureFixture[str]) -> N
 def test_formats_differ_in_size(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = [
         run_json(capsys, str(checkpoint("mixtral")), "-p", "x", "--format", form)["packed_bytes"]
-        for form in ("bf16", "int8", "int4")
+        for form in ("bf16", "int8", "int4", "fp8")
     ]
-    assert sizes[0] > sizes[1] > sizes[2]
+    assert sizes[0] > sizes[1] > sizes[2] and sizes[0] > sizes[3]
 
 
 def test_int4_options(capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,7 +59,7 @@ def test_kernel_ranges_agree_with_the_library(report: dict[str, Any]) -> None:
     for entry in report["native"]["isas"]:
         if not entry["runnable"]:
             continue
-        for code, form in enumerate(("bf16", "int8", "int4")):
+        for code, form in enumerate(("bf16", "int8", "int4", "fp8")):
             ranges = entry["kernels"][form]
             assert ranges[0]["min_rows"] == 1 and ranges[-1]["max_rows"] is None
             for part in ranges:

@@ -77,6 +77,7 @@ def make_wrapper(layer_idx: int = 0, weights: Weights | None = None, **options: 
         ("int4", {"group_size": 0}),
         ("int4", {"group_size": 64}),
         ("int4", {"group_size": 128, "asymmetric": True}),
+        ("fp8", {}),
     ],
 )
 def test_formats(name: str, options: dict[str, Any], weight_dtype: torch.dtype) -> None:
@@ -313,7 +314,13 @@ def test_default_threads() -> None:
 
 @pytest.mark.parametrize(
     ("format", "group_size", "most"),
-    [("bf16", None, 0.0025), ("int8", None, 0.02), ("int4", 32, 0.13), ("int4", 128, 0.17)],
+    [
+        ("bf16", None, 0.0025),
+        ("int8", None, 0.02),
+        ("int4", 32, 0.13),
+        ("int4", 128, 0.17),
+        ("fp8", None, 0.05),
+    ],
 )
 def test_errors_of_gaussian_layers(format: str, group_size: int | None, most: float) -> None:
     """What docs/numerics.md promises of each format: the relative L2 distance from the float32 layer."""

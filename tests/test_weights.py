@@ -30,6 +30,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("int4", {"group_size": 0}),
     ("int4", {"group_size": 32}),
     ("int4", {"group_size": 64, "asymmetric": False}),
+    ("fp8", {}),
 ]
 
 
@@ -682,9 +683,9 @@ def test_checkpoints_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(KtkArgumentError, match="no experts in layer 1"):
         Checkpoint(case("good", good)).layer(1)
 
-    quantised = {**good, "model.layers.2.mlp.experts.0.gate_proj.weight_scale_inv": torch.ones(1, 1)}
+    quantised = {**good, "model.layers.2.mlp.experts.0.gate_proj.weight_packed": torch.ones(1, 1)}
     with pytest.raises(KtkUnsupportedError, match="quantised"):
-        Checkpoint(case("fp8", quantised)).layer(2)
+        Checkpoint(case("packed", quantised)).layer(2)
     integers = {
         **good,
         "model.layers.2.mlp.experts.0.gate_proj.weight": torch.zeros(48, 80, dtype=torch.int8),

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
     from ktk._native.api import (
         DTYPE_BF16,
+        DTYPE_F8_E4M3,
         DTYPE_F16,
         DTYPE_F32,
         FORMAT_BF16,
+        FORMAT_FP8,
         FORMAT_INT4,
         FORMAT_INT8,
         PART_DOWN_BIAS,
@@ -59,9 +61,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DTYPE_BF16",
+    "DTYPE_F8_E4M3",
     "DTYPE_F16",
     "DTYPE_F32",
     "FORMAT_BF16",
+    "FORMAT_FP8",
     "FORMAT_INT4",
     "FORMAT_INT8",
     "PART_DOWN_BIAS",

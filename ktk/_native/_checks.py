@@ -20,6 +20,8 @@ SIZE_MAX = 2**64 - 1
 
 DTYPE_BYTES = {0: 4, 1: 2, 2: 2}
 _DTYPE_NAMES = "DTYPE_F32 (0), DTYPE_BF16 (1) or DTYPE_F16 (2)"
+WEIGHT_DTYPE_BYTES = {**DTYPE_BYTES, 3: 1}
+_WEIGHT_DTYPE_NAMES = "DTYPE_F32 (0), DTYPE_BF16 (1), DTYPE_F16 (2) or DTYPE_F8_E4M3 (3)"
 
 
 def integer(name: str, value: object) -> int:
@@ -74,6 +76,14 @@ def dtype(name: str, value: object) -> int:
     code = integer(name, value)
     if code not in DTYPE_BYTES:
         raise KtkArgumentError(f"{name} must be {_DTYPE_NAMES}, got {code}")
+    return code
+
+
+def weight_dtype(name: str, value: object) -> int:
+    """`value` as one of the DTYPE_ constants of weights that are to be packed."""
+    code = integer(name, value)
+    if code not in WEIGHT_DTYPE_BYTES:
+        raise KtkArgumentError(f"{name} must be {_WEIGHT_DTYPE_NAMES}, got {code}")
     return code
 
 

@@ -38,9 +38,11 @@ HEADER_ABI_VERSION = 1
 DTYPE_F32 = 0
 DTYPE_BF16 = 1
 DTYPE_F16 = 2
+DTYPE_F8_E4M3 = 3
 FORMAT_BF16 = 0
 FORMAT_INT8 = 1
 FORMAT_INT4 = 2
+FORMAT_FP8 = 3
 PART_GATE_UP_WEIGHT = 0
 PART_GATE_UP_SCALE = 1
 PART_GATE_UP_ZERO = 2
@@ -108,6 +110,9 @@ class ExpertWeights(ctypes.Structure):
         ("gate_bias", POINTER(c_float)),
         ("up_bias", POINTER(c_float)),
         ("down_bias", POINTER(c_float)),
+        ("gate_scale", POINTER(c_float)),
+        ("up_scale", POINTER(c_float)),
+        ("down_scale", POINTER(c_float)),
     )
 
 
@@ -664,18 +669,24 @@ class Moe(_PoolMember):
         gate_bias_ptr: int = 0,
         up_bias_ptr: int = 0,
         down_bias_ptr: int = 0,
+        gate_scale_ptr: int = 0,
+        up_scale_ptr: int = 0,
+        down_scale_ptr: int = 0,
     ) -> None:
         index = _checks.int32("expert", expert)
         weights = ExpertWeights()
         weights.struct_size = ctypes.sizeof(weights)
-        weights.dtype = _checks.dtype("dtype", dtype)
-        alignment = _checks.DTYPE_BYTES[weights.dtype]
+        weights.dtype = _checks.weight_dtype("dtype", dtype)
+        alignment = _checks.WEIGHT_DTYPE_BYTES[weights.dtype]
         weights.gate = _checks.pointer("gate_ptr", gate_ptr, alignment)
         weights.up = _checks.pointer("up_ptr", up_ptr, alignment)
         weights.down = _checks.pointer("down_ptr", down_ptr, alignment)
         weights.gate_bias = _pointer(c_float, _checks.optional_pointer("gate_bias_ptr", gate_bias_ptr, 4))
         weights.up_bias = _pointer(c_float, _checks.optional_pointer("up_bias_ptr", up_bias_ptr, 4))
         weights.down_bias = _pointer(c_float, _checks.optional_pointer("down_bias_ptr", down_bias_ptr, 4))
+        weights.gate_scale = _pointer(c_float, _checks.optional_pointer("gate_scale_ptr", gate_scale_ptr, 4))
+        weights.up_scale = _pointer(c_float, _checks.optional_pointer("up_scale_ptr", up_scale_ptr, 4))
+        weights.down_scale = _pointer(c_float, _checks.optional_pointer("down_scale_ptr", down_scale_ptr, 4))
         with self._open() as handle:
             _check(_lib.ktk_moe_pack_expert(handle, index, byref(weights)))
 

@@ -19,9 +19,11 @@ HEADER_ABI_VERSION = c.KTK_ABI_VERSION
 DTYPE_F32 = <int>c.KTK_DTYPE_F32
 DTYPE_BF16 = <int>c.KTK_DTYPE_BF16
 DTYPE_F16 = <int>c.KTK_DTYPE_F16
+DTYPE_F8_E4M3 = <int>c.KTK_DTYPE_F8_E4M3
 FORMAT_BF16 = <int>c.KTK_FORMAT_BF16
 FORMAT_INT8 = <int>c.KTK_FORMAT_INT8
 FORMAT_INT4 = <int>c.KTK_FORMAT_INT4
+FORMAT_FP8 = <int>c.KTK_FORMAT_FP8
 PART_GATE_UP_WEIGHT = <int>c.KTK_PART_GATE_UP_WEIGHT
 PART_GATE_UP_SCALE = <int>c.KTK_PART_GATE_UP_SCALE
 PART_GATE_UP_ZERO = <int>c.KTK_PART_GATE_UP_ZERO
@@ -391,7 +393,18 @@ cdef class Moe:
         return self.handle == NULL
 
     def pack_expert(
-        self, expert, dtype, gate_ptr, up_ptr, down_ptr, gate_bias_ptr=0, up_bias_ptr=0, down_bias_ptr=0
+        self,
+        expert,
+        dtype,
+        gate_ptr,
+        up_ptr,
+        down_ptr,
+        gate_bias_ptr=0,
+        up_bias_ptr=0,
+        down_bias_ptr=0,
+        gate_scale_ptr=0,
+        up_scale_ptr=0,
+        down_scale_ptr=0,
     ):
         cdef c.ktk_moe *handle
         cdef c.ktk_expert_weights weights
@@ -399,14 +412,17 @@ cdef class Moe:
         cdef int32_t index = _int32("expert", expert)
         cdef unsigned int alignment
         weights.struct_size = sizeof(weights)
-        weights.dtype = _dtype("dtype", dtype)
-        alignment = _dtype_bytes(weights.dtype)
+        weights.dtype = _checks.weight_dtype("dtype", dtype)
+        alignment = _checks.WEIGHT_DTYPE_BYTES[weights.dtype]
         weights.gate = <const void *>_pointer("gate_ptr", gate_ptr, alignment)
         weights.up = <const void *>_pointer("up_ptr", up_ptr, alignment)
         weights.down = <const void *>_pointer("down_ptr", down_ptr, alignment)
         weights.gate_bias = <const float *>_optional_pointer("gate_bias_ptr", gate_bias_ptr, 4)
         weights.up_bias = <const float *>_optional_pointer("up_bias_ptr", up_bias_ptr, 4)
         weights.down_bias = <const float *>_optional_pointer("down_bias_ptr", down_bias_ptr, 4)
+        weights.gate_scale = <const float *>_optional_pointer("gate_scale_ptr", gate_scale_ptr, 4)
+        weights.up_scale = <const float *>_optional_pointer("up_scale_ptr", up_scale_ptr, 4)
+        weights.down_scale = <const float *>_optional_pointer("down_scale_ptr", down_scale_ptr, 4)
         handle = self.open()
         self.calls += 1
         try:

@@ -19,9 +19,11 @@ from typing_extensions import Self
 DTYPE_F32: Final = 0
 DTYPE_BF16: Final = 1
 DTYPE_F16: Final = 2
+DTYPE_F8_E4M3: Final = 3
 FORMAT_BF16: Final = 0
 FORMAT_INT8: Final = 1
 FORMAT_INT4: Final = 2
+FORMAT_FP8: Final = 3
 PART_GATE_UP_WEIGHT: Final = 0
 PART_GATE_UP_SCALE: Final = 1
 PART_GATE_UP_ZERO: Final = 2
@@ -119,7 +121,7 @@ class Moe:
     format : int
         A FORMAT_ constant.
     group_size : int
-        INT4: 32, 64 or 128 input columns a scale, or 0 for one scale a row. Else 0.
+        INT8, INT4: 32, 64 or 128 input columns a scale, or 0 for one scale a row. FP8: 128. Else 0.
     asymmetric : bool
         INT4 with groups: one zero point a group.
     strict : bool
@@ -171,8 +173,14 @@ class Moe:
         gate_bias_ptr: int = 0,
         up_bias_ptr: int = 0,
         down_bias_ptr: int = 0,
+        gate_scale_ptr: int = 0,
+        up_scale_ptr: int = 0,
+        down_scale_ptr: int = 0,
     ) -> None:
         """Quantises and packs one expert: gate and up [I, H], down [H, I]; biases float32, 0: none.
+
+        DTYPE_F8_E4M3 is for FORMAT_FP8: weights as they are, with float32 scales of blocks of 128 by 128,
+        [ceil(I / 128), ceil(H / 128)] and [ceil(H / 128), ceil(I / 128)]; other dtypes have none, 0.
 
         Raises `KtkArgumentError` if a weight is not finite; the expert then counts as not loaded.
         """

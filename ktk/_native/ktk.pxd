@@ -19,11 +19,13 @@ cdef extern from "ktk.h" nogil:
         KTK_DTYPE_F32
         KTK_DTYPE_BF16
         KTK_DTYPE_F16
+        KTK_DTYPE_F8_E4M3
 
     ctypedef enum ktk_format:
         KTK_FORMAT_BF16
         KTK_FORMAT_INT8
         KTK_FORMAT_INT4
+        KTK_FORMAT_FP8
 
     ctypedef enum ktk_part:
         KTK_PART_GATE_UP_WEIGHT
@@ -98,6 +100,9 @@ cdef extern from "ktk.h" nogil:
         const float *gate_bias
         const float *up_bias
         const float *down_bias
+        const float *gate_scale
+        const float *up_scale
+        const float *down_scale
 
     ctypedef struct ktk_forward_args:
         uint32_t struct_size

@@ -34,6 +34,7 @@ class WeightFormat(str, enum.Enum):
     bf16 = "bf16"
     int8 = "int8"
     int4 = "int4"
+    fp8 = "fp8"
 
 
 Format = Annotated[WeightFormat, typer.Option("--format", help="Weight format of the experts.")]

@@ -12,8 +12,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from ktk.sft.checkpoint import load_kt_adapter_artifacts, save_kt_adapter_artifacts
-from ktk.sft.dist_utils import world
+from ktk.sft.artifacts import load_kt_adapter_artifacts, save_kt_adapter_artifacts
+from ktk.sft.transport import world
 
 __all__ = ["KTTrainerCallback"]
 

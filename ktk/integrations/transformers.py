@@ -31,7 +31,7 @@ from ktk.config import LayerConfig
 from ktk.errors import KtkArgumentError, KtkUnsupportedError
 from ktk.layer import Experts, shared_cpu_infer
 from ktk.runtime import CPUInfer, WorkerPoolConfig
-from ktk.weights import Checkpoint, CheckpointLayer, find_packed, packed_path
+from ktk.weights import Checkpoint, CheckpointLayer, discard_packed, find_packed, packed_path
 
 __all__ = [
     "IMPLEMENTATION",
@@ -390,6 +390,7 @@ def load_model(
     packed: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     load_experts: bool = True,
+    keep_packed: bool = True,
     **keywords: Any,
 ) -> Any:
     """Load a checkpoint with its experts in ktk.
@@ -414,6 +415,9 @@ def load_model(
         Called with the number of layers done and of all layers, after each.
     load_experts : bool, default True
         False leaves the experts out: for a process that others run them for.
+    keep_packed : bool, default True
+        False removes each layer's packed file once it is loaded, and writes none: for files in memory, as in
+        ``/dev/shm``. A file that holds several layers stays.
     **keywords
         Passed to ``from_pretrained``, as ``attn_implementation``.
 
@@ -476,7 +480,7 @@ def load_model(
             return model.eval()
         cpu = _cpu_infer(options.threads)
         for done, found in enumerate(taken, start=1):
-            _install(found.module, _load_layer(found.config, root, packed, cpu))
+            _install(found.module, _load_layer(found.config, root, packed, cpu, keep_packed))
             if progress is not None:
                 progress(done, len(taken))
     rest = [name for name, module in expert_modules(model) if not hasattr(module, _LAYER)]
@@ -492,7 +496,7 @@ def load_model(
 
 
 def _load_layer(
-    config: LayerConfig, root: Path, packed: str | os.PathLike[str] | None, cpu: CPUInfer
+    config: LayerConfig, root: Path, packed: str | os.PathLike[str] | None, cpu: CPUInfer, keep_packed: bool
 ) -> Experts:
     layer = Experts(config, cpu_infer=cpu)
     if packed is None:
@@ -501,6 +505,9 @@ def _load_layer(
     file = find_packed(packed, config.format, config.layer_idx)
     if file is not None:
         layer.load_packed(file)
+        if not keep_packed:
+            discard_packed(packed, config.format, config.layer_idx)
     else:
-        layer.load_checkpoint(root, save_to=packed_path(packed, config.format, config.layer_idx))
+        own = packed_path(packed, config.format, config.layer_idx)
+        layer.load_checkpoint(root, save_to=own if keep_packed else None)
     return layer

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from ktk.config import FORMATS, LayerConfig
+from ktk.config import LayerConfig
 from ktk.errors import KtkArgumentError, KtkStateError
 from ktk.layer import Experts
 from ktk.runtime import CPUInfer
-from ktk.sft.base import BaseSFTMoEWrapper, Policy
+from ktk.sft.base import BaseSFTMoEWrapper
 from ktk.sft.config import SFTMethod, sft_method
 from ktk.sft.errors import KTAMXNotAvailableError
-from ktk.sft.native import TrainableExperts
+from ktk.sft.native import Policy, TrainableExperts
 from ktk.weights.packed import find_packed
 
 __all__ = ["AMXSFTMoEWrapper", "make_sft_wrapper"]
@@ -258,12 +258,6 @@ def make_sft_wrapper(
     if num_gpu_experts or (gpu_experts_mask is not None and bool(gpu_experts_mask.any())):
         raise KTAMXNotAvailableError(
             "experts that are trained are all on the CPU; leave num_gpu_experts and gpu_experts_mask out"
-        )
-    if kind.format not in FORMATS:
-        raise KTAMXNotAvailableError(
-            f"method {method} needs the weight format {kind.format}, which this build of ktk does not "
-            f"have; it has "
-            f"{', '.join(FORMATS)}"
         )
     config = LayerConfig(
         num_experts=num_experts,

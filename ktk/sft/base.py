@@ -10,7 +10,7 @@ import abc
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +18,7 @@ from ktk.config import checked_int
 from ktk.errors import KtkArgumentError, KtkStateError
 from ktk.runtime import CPUInfer
 from ktk.sft.buffers import KExpertsSFTBuffer
+from ktk.sft.native import BASE_NAMES, LORA_NAMES, Policy, lora_shapes
 
 __all__ = [
     "BASE_NAMES",
@@ -29,26 +30,7 @@ __all__ = [
     "lora_shapes",
 ]
 
-LORA_NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
-"""The six adapter tensors of a layer, in the order in which they are passed."""
-
-BASE_NAMES = ("gate", "up", "down")
-"""The three weight tensors of a layer: gate and up ``[E, I, H]``, down ``[E, H, I]``."""
-
-Policy = Literal["none", "save", "recompute"]
 _Result = TypeVar("_Result")
-
-
-def lora_shapes(num_experts: int, hidden: int, inner: int, rank: int) -> dict[str, tuple[int, int, int]]:
-    """Shape of each adapter tensor, by the names of `LORA_NAMES`."""
-    return {
-        "gate_lora_a": (num_experts, rank, hidden),
-        "gate_lora_b": (num_experts, inner, rank),
-        "up_lora_a": (num_experts, rank, hidden),
-        "up_lora_b": (num_experts, inner, rank),
-        "down_lora_a": (num_experts, rank, inner),
-        "down_lora_b": (num_experts, hidden, rank),
-    }
 
 
 class SavedForward:
@@ -311,10 +293,9 @@ class BaseSFTMoEWrapper(abc.ABC):
         KtkStateError
             If `saved` was used before.
         KtkArgumentError
-            If the gradient has the wrong shape, or holds a NaN.
+            If the gradient has the wrong shape, or holds NaN or infinity.
         """
         context = saved.take()
-        check_gradient(grad_output, int(context.num_tokens), self.hidden_size, self.layer_idx)
         if lora is not None:
             self.set_lora(lora)
         grad_lora = {}
@@ -618,21 +599,6 @@ class BaseSFTMoEWrapper(abc.ABC):
     def wait_backward_repack(self) -> None:
         """Do nothing, see `submit_backward_repack`."""
         return
-
-
-def check_gradient(gradient: torch.Tensor, tokens: int, hidden: int, layer_idx: int) -> None:
-    """Raise `KtkArgumentError` if a gradient does not fit its forward, or holds a NaN."""
-    if tuple(gradient.shape) != (tokens, hidden):
-        raise KtkArgumentError(
-            f"layer {layer_idx}: the gradient must have the shape [{tokens}, {hidden}] of the output, got "
-            f"{list(gradient.shape)}"
-        )
-    if torch.isnan(gradient).any():
-        raise KtkArgumentError(
-            f"the gradient that reaches the experts of layer {layer_idx} holds NaN: the loss, or a layer "
-            f"after "
-            "this one, overflowed. Lower the learning rate, or clip gradients"
-        )
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:

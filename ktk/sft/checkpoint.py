@@ -17,22 +17,12 @@ import torch
 from torch import nn
 
 from ktk.errors import KtkArgumentError
-from ktk.sft.adapters import (
-    FUSED_FILE,
-    load_kt_moe_from_adapter,
-    load_lora_experts_from_adapter,
-    save_kt_moe_to_adapter,
-    save_lora_experts_to_adapter,
-)
 from ktk.sft.files import read_tensors, replaced_folder, write_json, write_tensors
-from ktk.sft.modules import moe_layers
 
 __all__ = [
     "get_activation_checkpoint_context_fn",
     "last_checkpoint",
-    "load_kt_adapter_artifacts",
     "load_training_state",
-    "save_kt_adapter_artifacts",
     "save_training_state",
 ]
 
@@ -50,27 +40,6 @@ def get_activation_checkpoint_context_fn() -> Callable[[], tuple[Any, Any]]:
         return contextlib.nullcontext(), contextlib.nullcontext()
 
     return contexts
-
-
-def save_kt_adapter_artifacts(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write what a folder with PEFT's files lacks: fused adapters of experts, and extra experts.
-
-    Files that PEFT has written into the folder are kept.
-    """
-    if any(layer.core.lora is not None for _, layer in moe_layers(model)):
-        save_kt_moe_to_adapter(model, path)
-    save_lora_experts_to_adapter(model, path)
-
-
-def load_kt_adapter_artifacts(model: nn.Module, path: str | os.PathLike[str]) -> int:
-    """Load what `save_kt_adapter_artifacts` wrote; the number of layers whose adapters were loaded."""
-    layers = 0
-    own = [layer for _, layer in moe_layers(model) if layer.core.lora is not None]
-    if (Path(path) / FUSED_FILE).is_file() and all(hasattr(layer.core.lora, "adapter_name") for layer in own):
-        layers = load_kt_moe_from_adapter(model, path)
-    if any("lora_experts" in layer._modules for _, layer in moe_layers(model)):
-        load_lora_experts_from_adapter(model, path)
-    return layers
 
 
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -64,6 +64,11 @@ SFT_METHODS: Mapping[str, SFTMethod] = MappingProxyType(
 )
 """Training methods by name. All run on every instruction set."""
 
+BACKENDS: Mapping[str, str] = MappingProxyType(
+    {form: name.removesuffix("_SFT") for name, form in _FORMAT_OF_METHOD.items() if name.startswith("AMX")}
+)
+"""`kt_backend` of each weight format."""
+
 
 def sft_method(name: str) -> SFTMethod:
     """Look a training method up; ``"AMXINT8"`` is taken for ``"AMXINT8_SFT"``.
@@ -158,7 +163,9 @@ class KTConfig:
     kt_expert_weight_format : {"bf16", "int8", "int4", "fp8"}, optional
         Format of the experts; default: what `kt_backend` says.
     kt_weight_lifecycle : {"persistent", "ephemeral"}, default "persistent"
-        ``"ephemeral"`` is not available: experts stay in memory.
+        What becomes of the files in `kt_weight_path`. ``"ephemeral"``: each layer's file is removed once its
+        weights are in memory, and none is written, so that weights prepared in ``/dev/shm`` do not take
+        memory twice; a file that holds several layers stays.
     kt_expert_checkpoint_path : str, optional
         Checkpoint to read the experts from; default: the model's.
     kt_num_gpu_experts : int, default 0
@@ -208,8 +215,8 @@ class KTConfig:
     kt_threadpool_count: int = _setting(1, "int", low=1)
     kt_weight_path: str | None = _setting(None, "str")
     kt_non_expert_weight_path: str | None = _setting(None, "str")
-    kt_expert_weight_format: str | None = _setting(None, "str", choices=("bf16", "int8", "int4", "fp8"))
-    kt_weight_lifecycle: str = _setting("persistent", "str", choices=("persistent",))
+    kt_expert_weight_format: str | None = _setting(None, "str", choices=tuple(BACKENDS))
+    kt_weight_lifecycle: str = _setting("persistent", "str", choices=("persistent", "ephemeral"))
     kt_expert_checkpoint_path: str | None = _setting(None, "str")
     kt_num_gpu_experts: int = _setting(0, "int", low=0, high=0)
     kt_skip_expert_loading: bool = _setting(True, "bool")
@@ -264,8 +271,8 @@ class KTConfig:
         found = sft_method(self.kt_backend)
         if self.kt_expert_weight_format in (None, found.format):
             return found
-        name = {"bf16": "AMXBF16", "int8": "AMXINT8", "int4": "AMXINT4", "fp8": "AMXFP8"}
-        return sft_method(name[self.kt_expert_weight_format] + ("_SkipLoRA" if found.skip_lora else ""))
+        name = BACKENDS[self.kt_expert_weight_format]
+        return sft_method(name + ("_SkipLoRA" if found.skip_lora else ""))
 
     @property
     def trains_lora(self) -> bool:

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ktk.sft.adapters import FUSED_FILE, load_kt_moe_from_adapter
-from ktk.sft.config import KTConfig
+from ktk.sft.config import BACKENDS, KTConfig
 from ktk.sft.errors import KTAMXConfigError
 from ktk.sft.lora import kt_adapt_peft_lora
 from ktk.sft.wrapper import wrap_moe_layers_with_kt_wrapper
 
 __all__ = ["with_adapter"]
-
-_BACKENDS = {"bf16": "AMXBF16", "int8": "AMXINT8", "int4": "AMXINT4", "fp8": "AMXFP8"}
 
 
 def with_adapter(model: Any, path: str | os.PathLike[str]) -> Any:
@@ -47,7 +45,7 @@ def with_adapter(model: Any, path: str | os.PathLike[str]) -> Any:
         raise KTAMXConfigError(f"{folder} has neither adapter_config.json nor {FUSED_FILE}: it is no adapter")
     layers = [module._ktk_layer for module in model.modules() if hasattr(module, "_ktk_layer")]
     config = KTConfig(
-        backend=_BACKENDS[layers[0].config.format],
+        backend=BACKENDS[layers[0].config.format],
         model_max_length=layers[0].config.max_tokens,
         train_mode="lora",
     )

@@ -17,11 +17,11 @@ from ktk.sft.adapters import (
     save_lora_experts_to_adapter,
 )
 from ktk.sft.config import KTConfig
-from ktk.sft.dist_utils import average_gradients
 from ktk.sft.errors import KTAMXConfigError
 from ktk.sft.layer import KTExperts, KTMoELayerWrapper
 from ktk.sft.lora_experts import LoRAExpertMLP, LoRAExperts
 from ktk.sft.modules import moe_layers
+from ktk.sft.transport import average_gradients
 
 __all__ = [
     "KTAdaptResult",

@@ -20,8 +20,8 @@ FORMULA = (
 recompute; with gradient checkpointing it and the next count for one layer, plus d * T * H for each."""
 
 # Bits of one weight with its scales: a bf16 scale for every 32 weights of int4, a float32 for every row of
-# int8.
-_BITS = {"bf16": 16.0, "int8": 8.02, "int4": 4.5, "fp8": 8.01}
+# int8, one for every 128 weights of fp8.
+_BITS = {"bf16": 16.0, "int8": 8.02, "int4": 4.5, "fp8": 8.25}
 
 
 @dataclass(frozen=True)

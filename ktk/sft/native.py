@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-__all__ = ["LORA_NAMES", "ForwardContext", "Policy", "TrainableExperts"]
+__all__ = [
+    "BASE_NAMES",
+    "LORA_NAMES",
+    "ForwardContext",
+    "Policy",
+    "TrainableExperts",
+    "check_gradient",
+    "lora_shapes",
+]
 
 LORA_NAMES = ("gate_lora_a", "gate_lora_b", "up_lora_a", "up_lora_b", "down_lora_a", "down_lora_b")
 """Adapters of one layer. A of gate and up is ``[E, r, H]`` and of down ``[E, r, I]``; B of gate and up is
@@ -73,6 +81,38 @@ def _checked_matrices(
     if len(dtypes) > 1:
         raise KtkArgumentError(f"{what} must be of one dtype, got {sorted(map(str, dtypes))}")
     return dtypes.pop() if dtypes else torch.float32
+
+
+def lora_shapes(num_experts: int, hidden: int, inner: int, rank: int) -> dict[str, tuple[int, int, int]]:
+    """Shape of each adapter tensor, by the names of `LORA_NAMES`."""
+    return {
+        "gate_lora_a": (num_experts, rank, hidden),
+        "gate_lora_b": (num_experts, inner, rank),
+        "up_lora_a": (num_experts, rank, hidden),
+        "up_lora_b": (num_experts, inner, rank),
+        "down_lora_a": (num_experts, rank, inner),
+        "down_lora_b": (num_experts, hidden, rank),
+    }
+
+
+def check_gradient(gradient: torch.Tensor, tokens: int, hidden: int, layer_idx: int) -> None:
+    """Raise `TypeError` or `KtkArgumentError` if a gradient of the output does not fit its forward
+    ``[tokens, hidden]``, or is not finite."""
+    if not isinstance(gradient, torch.Tensor):
+        raise TypeError(f"grad_output must be a torch.Tensor, got {type(gradient).__name__}")
+    if tuple(gradient.shape) != (tokens, hidden) or gradient.dtype not in _DTYPE_CODES:
+        raise KtkArgumentError(
+            f"layer {layer_idx}: the gradient must have the shape [{tokens}, {hidden}] of the output and be "
+            f"float32, bfloat16 or float16, got {gradient.dtype} {list(gradient.shape)}"
+        )
+    finite = torch.isfinite(gradient).all(dim=1)
+    if not finite.all():
+        broken = torch.nonzero(~finite).flatten().tolist()
+        raise KtkArgumentError(
+            f"the gradient that reaches the experts of layer {layer_idx} holds NaN or infinity in "
+            f"{len(broken)} of {tokens} tokens, the first of which is token {broken[0]}: the loss, or a "
+            "layer after this one, overflowed. Lower the learning rate, or clip gradients"
+        )
 
 
 class TrainableExperts:
@@ -162,16 +202,8 @@ class TrainableExperts:
 
     def lora_shapes(self) -> dict[str, tuple[int, int, int]]:
         """Shape of each adapter, in the order of `LORA_NAMES`."""
-        config, r = self.experts.config, self.lora_rank
-        e, h, i = config.num_experts, config.hidden_size, config.intermediate_size
-        return {
-            "gate_lora_a": (e, r, h),
-            "gate_lora_b": (e, i, r),
-            "up_lora_a": (e, r, h),
-            "up_lora_b": (e, i, r),
-            "down_lora_a": (e, r, i),
-            "down_lora_b": (e, h, r),
-        }
+        config = self.experts.config
+        return lora_shapes(config.num_experts, config.hidden_size, config.intermediate_size, self.lora_rank)
 
     def base_shapes(self) -> dict[str, tuple[int, int, int]]:
         """Shape of each base weight."""
@@ -251,7 +283,7 @@ class TrainableExperts:
         KtkStateError
             If this or the layer is closed, has no weights, or lacks its adapters.
         """
-        context, arguments, result = self._prepare(
+        context, arguments, result, _read = self._prepare(
             hidden_states, expert_ids, expert_weights, policy, dropout_seed, output
         )
         context._native.forward(*arguments)
@@ -269,11 +301,11 @@ class TrainableExperts:
     ) -> tuple[torch.Tensor, ForwardContext | None]:
         """As `forward`, on the layer's queue: the result holds from the next `sync` on, which also raises
         what failed."""
-        context, arguments, result = self._prepare(
+        context, arguments, result, read = self._prepare(
             hidden_states, expert_ids, expert_weights, policy, dropout_seed, output
         )
         self.experts.cpu_infer.native_queue.submit_sft_forward(context._native, *arguments)
-        self._pending.append((context, arguments, result, hidden_states, expert_ids, expert_weights))
+        self._pending.append((context, result, read))
         return result, context if policy != "none" else None
 
     def sync(self) -> None:
@@ -332,7 +364,8 @@ class TrainableExperts:
         policy: str,
         dropout_seed: int | None,
         output: torch.Tensor | None,
-    ) -> tuple[ForwardContext, tuple[Any, ...], torch.Tensor]:
+    ) -> tuple[ForwardContext, tuple[Any, ...], torch.Tensor, tuple[torch.Tensor, ...]]:
+        """The context, the arguments of the call, its result, and the tensors that it reads."""
         sft = self._open()
         self.experts.ready()
         if policy not in _POLICIES:
@@ -356,9 +389,7 @@ class TrainableExperts:
         native = _native.SftContext(sft, _POLICIES[policy], seed is not None, seed or 0)
         context = ForwardContext(self, native, hidden, ids.shape[1], policy)
         code = _DTYPE_CODES[hidden.dtype]
-        # The context keeps what the call reads alive.
         count = torch.tensor([hidden.shape[0]], dtype=torch.int32)
-        context._inputs = (hidden, ids, weights, count)
         arguments = (
             count.data_ptr(),
             ids.shape[1],
@@ -369,7 +400,7 @@ class TrainableExperts:
             _address(output),
             code,
         )
-        return context, arguments, output
+        return context, arguments, output, (hidden, ids, weights, count)
 
 
 class ForwardContext:
@@ -393,8 +424,9 @@ class ForwardContext:
     ) -> None:
         self._owner = owner
         self._native = native
-        self._inputs: tuple[torch.Tensor, ...] = (hidden,)
-        self._like = hidden.new_empty(0)
+        # Only a forward that is run again reads the input once more.
+        self._input = hidden if policy == "recompute" else None
+        self._dtype = hidden.dtype
         self._top_k = top_k
         self._policy = policy
         self.num_tokens = hidden.shape[0]
@@ -446,13 +478,14 @@ class ForwardContext:
         Raises
         ------
         KtkArgumentError
-            If a tensor has the wrong shape, dtype, device or layout.
+            If a tensor has the wrong shape, dtype, device or layout, or the gradient holds NaN or infinity;
+            the context can still be used.
         KtkStateError
             If the context was used or closed, or the layer is closed.
         """
-        arguments, keywords, results = self._arguments(grad_output, grad_lora, grad_base, accumulate)
+        arguments, keywords, results, _read = self._arguments(grad_output, grad_lora, grad_base, accumulate)
         self._native.backward(*arguments, **keywords)
-        self._inputs = ()
+        self._input = None
         return results
 
     def submit_backward(
@@ -464,10 +497,11 @@ class ForwardContext:
         accumulate: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `backward`, on the layer's queue, until `TrainableExperts.sync`."""
-        arguments, keywords, results = self._arguments(grad_output, grad_lora, grad_base, accumulate)
+        arguments, keywords, results, read = self._arguments(grad_output, grad_lora, grad_base, accumulate)
         owner = self._owner
         owner.experts.cpu_infer.native_queue.submit_sft_backward(self._native, *arguments, **keywords)
-        owner._pending.append((self, arguments, results, dict(grad_lora or {}), dict(grad_base or {})))
+        owner._pending.append((self._native, results, read, self._input))
+        self._input = None
         return results
 
     def _arguments(
@@ -476,25 +510,18 @@ class ForwardContext:
         grad_lora: Mapping[str, torch.Tensor] | None,
         grad_base: Mapping[str, torch.Tensor] | None,
         accumulate: bool,
-    ) -> tuple[tuple[Any, ...], dict[str, Any], tuple[torch.Tensor, torch.Tensor]]:
+    ) -> tuple[tuple[Any, ...], dict[str, Any], tuple[torch.Tensor, torch.Tensor], tuple[Any, ...]]:
+        """Arguments of the call, its results, and the other tensors that it reads and writes."""
         owner = self._owner
         shape = (self.num_tokens, owner.experts.config.hidden_size)
-        if not isinstance(grad_output, torch.Tensor):
-            raise TypeError(f"grad_output must be a torch.Tensor, got {type(grad_output).__name__}")
-        if (
-            tuple(grad_output.shape) != shape
-            or grad_output.dtype not in _DTYPE_CODES
-            or not grad_output.is_cpu
-        ):
-            raise KtkArgumentError(
-                f"grad_output must be float32, bfloat16 or float16 of the shape {list(shape)} on the CPU, "
-                f"got {grad_output.dtype} {list(grad_output.shape)} on {grad_output.device}"
-            )
+        check_gradient(grad_output, *shape, owner.experts.config.layer_idx)
+        if not grad_output.is_cpu:
+            raise KtkArgumentError(f"grad_output must be on the CPU, got {grad_output.device}")
         lora, base = dict(grad_lora or {}), dict(grad_base or {})
         lora_dtype = _checked_matrices("the gradients of adapters", lora, owner.lora_shapes())
         base_dtype = _checked_matrices("the gradients of base weights", base, owner.base_shapes())
         grad_output = grad_output.detach().contiguous()
-        grad_hidden = torch.empty(shape, dtype=self._like.dtype)
+        grad_hidden = torch.empty(shape, dtype=self._dtype)
         grad_weights = torch.empty((self.num_tokens, self._top_k))
         keywords: dict[str, Any] = {
             "lora_dtype": _DTYPE_CODES[lora_dtype],
@@ -510,11 +537,9 @@ class ForwardContext:
             _DTYPE_CODES[grad_hidden.dtype],
             _address(grad_weights),
         )
-        # A copy that was made contiguous lives as long as the call.
-        self._inputs = (*self._inputs, grad_output)
-        return arguments, keywords, (grad_hidden, grad_weights)
+        return arguments, keywords, (grad_hidden, grad_weights), (grad_output, lora, base)
 
     def close(self) -> None:
         """Free what is kept. Again: does nothing."""
         self._native.close()
-        self._inputs = ()
+        self._input = None

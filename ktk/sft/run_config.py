@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ktk.config import FORMATS
 from ktk.sft.errors import KTAMXConfigError
 
 __all__ = ["RunConfig", "read_run_config"]
 
-_FORMATS = ("bf16", "int8", "int4", "fp8")
 _DTYPES = ("auto", "float32", "bfloat16")
 _POLICIES = ("retain", "recompute")
 
@@ -91,7 +91,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for one in dataclasses.fields(self):
             object.__setattr__(self, one.name, _checked(one, getattr(self, one.name)))
-        for name, choices in (("format", _FORMATS), ("dtype", _DTYPES), ("activation", _POLICIES)):
+        for name, choices in (("format", tuple(FORMATS)), ("dtype", _DTYPES), ("activation", _POLICIES)):
             if getattr(self, name) not in choices:
                 raise KTAMXConfigError(
                     f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"

@@ -16,12 +16,13 @@ from torch import nn
 
 import ktk
 from ktk.errors import KtkArgumentError
+from ktk.sft.artifacts import save_kt_adapter_artifacts
 from ktk.sft.checkpoint import (
     last_checkpoint,
     load_training_state,
-    save_kt_adapter_artifacts,
     save_training_state,
 )
+from ktk.sft.config import BACKENDS
 from ktk.sft.files import write_json
 from ktk.sft.lora import kt_adapt_peft_lora
 from ktk.sft.run_config import RunConfig
@@ -30,7 +31,6 @@ from ktk.sft.wrapper import load_kt_model
 __all__ = ["Corpus", "Progress", "fine_tune", "prepare_model"]
 
 HELD_OUT = 20
-BACKENDS = {"bf16": "AMXBF16", "int8": "AMXINT8", "int4": "AMXINT4", "fp8": "AMXFP8"}
 
 Progress = Callable[[int, int, float], None]
 

@@ -162,7 +162,7 @@ def load_experts_from_checkpoint_files(
     KtkArgumentError
         If the files are of several folders, or hold no experts of the layer.
     KtkUnsupportedError
-        If the experts are quantised.
+        If the experts are quantised in another form than fp8 with blocks of 128 by 128.
     """
     paths = [Path(file) for file in checkpoint_files]
     folders = {path.parent for path in paths}
@@ -170,7 +170,7 @@ def load_experts_from_checkpoint_files(
         raise KtkArgumentError(f"checkpoint_files must be of one folder, got {sorted(map(str, folders))}")
     with Checkpoint(paths[0] if len(paths) == 1 else folders.pop()) as checkpoint:
         layer = checkpoint.layer(layer_idx)
-        experts = list(layer.experts())
+        experts = [expert.dequantised() for expert in layer.experts()]
     gate, up, down = (
         torch.stack([getattr(expert, part).to(torch.bfloat16) for expert in experts])
         for part in ("gate", "up", "down")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ktk.config import FORMATS, LayerConfig
+from ktk.config import LayerConfig
 from ktk.errors import KtkUnsupportedError
 from ktk.layer import Experts, shared_cpu_infer
 from ktk.sft.amx import AMXSFTMoEWrapper
@@ -21,11 +21,12 @@ from ktk.sft.arch import (
     move_non_experts_to_gpu,
 )
 from ktk.sft.config import KTConfig
-from ktk.sft.dist_utils import RankZeroRunner, Transport, is_distributed, world
-from ktk.sft.errors import KTAMXConfigError, KTAMXModelNotSupportedError, KTAMXNotAvailableError
+from ktk.sft.dist_utils import RankZeroRunner
+from ktk.sft.errors import KTAMXConfigError, KTAMXModelNotSupportedError
 from ktk.sft.layer import KTMoELayerWrapper
+from ktk.sft.transport import Transport, is_distributed, world
 from ktk.sft.weights import extract_moe_weights
-from ktk.weights.packed import find_packed
+from ktk.weights.packed import discard_packed, find_packed
 
 __all__ = [
     "build_kt_device_map",
@@ -65,19 +66,11 @@ def wrap_moe_layers_with_kt_wrapper(
     ------
     KTAMXModelNotSupportedError
         If the model has no experts that ktk can train, or they have biases or an unknown activation.
-    KTAMXNotAvailableError
-        If this build lacks the weight format.
     """
     config = KTConfig.from_object(kt_plugin)
     if config.kt_wrap_fn is not None:
         custom: list[AMXSFTMoEWrapper | None] = config.kt_wrap_fn(model, **(config.kt_wrap_kwargs or {}))
         return custom
-    if config.method.format not in FORMATS:
-        raise KTAMXNotAvailableError(
-            f"kt_backend {config.kt_backend} needs the weight format {config.method.format}, which this "
-            f"build of "
-            f"ktk does not have; it has {', '.join(FORMATS)}"
-        )
     blocks = find_moe_blocks(model)
     if not blocks:
         raise KTAMXModelNotSupportedError(
@@ -216,6 +209,8 @@ def _pack(block: MoEBlock, arch: MOEArchConfig, config: KTConfig, ranks: int) ->
         file = find_packed(config.kt_weight_path, layer.format, layer.layer_idx)
     if file is not None:
         experts.load_packed(file)
+        if config.kt_weight_lifecycle == "ephemeral":
+            discard_packed(file.parent, layer.format, layer.layer_idx)
     elif config.kt_expert_checkpoint_path is not None:
         experts.load_checkpoint(config.kt_expert_checkpoint_path)
     else:
@@ -347,12 +342,12 @@ def load_kt_model(
     method = settings.method
     rank, ranks = world()
     options = integration.Options(
-        format=method.format if method.format in FORMATS else "bf16",
+        format=method.format,
         threads=_cpu_infer(settings),
         max_tokens=settings.kt_model_max_length * ranks,
     )
     whole = settings.kt_full_weight_grad or not settings.kt_skip_expert_loading
-    if whole or method.format not in FORMATS:
+    if whole:
         import transformers
 
         loader: Any = transformers.AutoModelForCausalLM
@@ -362,6 +357,7 @@ def load_kt_model(
             path,
             options,
             packed=settings.kt_weight_path,
+            keep_packed=settings.kt_weight_lifecycle == "persistent",
             progress=progress,
             load_experts=rank == 0,
             **loading,

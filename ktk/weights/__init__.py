@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from ktk.weights.checkpoint import Checkpoint, CheckpointLayer, ExpertWeights
-from ktk.weights.packed import LAYOUT_VERSION, PackedFile, PackedLayer, PackedWriter, find_packed, packed_path
+from ktk.weights.packed import (
+    LAYOUT_VERSION,
+    PackedFile,
+    PackedLayer,
+    PackedWriter,
+    discard_packed,
+    find_packed,
+    packed_path,
+)
 
 __all__ = [
     "LAYOUT_VERSION",
@@ -13,6 +21,7 @@ __all__ = [
     "PackedFile",
     "PackedLayer",
     "PackedWriter",
+    "discard_packed",
     "find_packed",
     "packed_path",
 ]

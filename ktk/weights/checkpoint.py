@@ -3,7 +3,8 @@
 Two storage styles are understood. One tensor a projection and expert: ``gate_proj``/``up_proj``/``down_proj``
 (Qwen, DeepSeek and most others) or ``w1``/``w3``/``w2`` (Mixtral). Fused tensors for all experts:
 ``gate_up_proj`` and ``down_proj``, either as ``[E, out, in]`` or as ``[E, in, out]``; with biases, gate and
-up alternate, as in GPT-OSS.
+up alternate, as in GPT-OSS. Of the first style also fp8 as in DeepSeek-V3: e4m3 weights with a tensor
+``weight_scale_inv`` of a float32 scale for each block of 128 by 128.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ _FUSED = re.compile(
 _PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+SCALE_BLOCK = 128
+"""Rows and columns of a block of float8_e4m3fn weights that share a scale."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertWeights:
@@ -45,11 +49,14 @@ class ExpertWeights:
     Parameters
     ----------
     gate, up : torch.Tensor
-        ``[I, H]``, bfloat16, float16 or float32.
+        ``[I, H]``, bfloat16, float16, float32 or float8_e4m3fn.
     down : torch.Tensor
         ``[H, I]``, of the same dtype.
     gate_bias, up_bias, down_bias : torch.Tensor, optional
         ``[I]``, ``[I]``, ``[H]``.
+    gate_scale, up_scale, down_scale : torch.Tensor, optional
+        float8_e4m3fn only: float32, what each block of 128 by 128 weights is multiplied with,
+        ``[ceil(I / 128), ceil(H / 128)]``, the same, ``[ceil(H / 128), ceil(I / 128)]``.
     """
 
     gate: torch.Tensor
@@ -58,6 +65,30 @@ class ExpertWeights:
     gate_bias: torch.Tensor | None = None
     up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
+    gate_scale: torch.Tensor | None = None
+    up_scale: torch.Tensor | None = None
+    down_scale: torch.Tensor | None = None
+
+    def dequantised(self) -> ExpertWeights:
+        """The same with weights in float32, where they are float8_e4m3fn; else itself."""
+        if self.gate_scale is None or self.up_scale is None or self.down_scale is None:
+            return self
+        return ExpertWeights(
+            gate=dequantise(self.gate, self.gate_scale),
+            up=dequantise(self.up, self.up_scale),
+            down=dequantise(self.down, self.down_scale),
+            gate_bias=self.gate_bias,
+            up_bias=self.up_bias,
+            down_bias=self.down_bias,
+        )
+
+
+def dequantise(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """float32 weights of float8_e4m3fn `codes` ``[rows, columns]`` with a scale for each block of 128 by
+    128."""
+    rows, columns = codes.shape
+    spread = scale.repeat_interleave(SCALE_BLOCK, 0)[:rows].repeat_interleave(SCALE_BLOCK, 1)[:, :columns]
+    return codes.to(torch.float32) * spread
 
 
 @dataclass(frozen=True)
@@ -117,7 +148,7 @@ class Checkpoint:
         KtkArgumentError
             If the layer has none; the message lists those that do.
         KtkUnsupportedError
-            If its weights are quantised.
+            If its weights are quantised in another form than fp8 with blocks of 128 by 128.
         """
         names = self._index.layers.get(layer_idx)
         if names is None:
@@ -166,6 +197,8 @@ class CheckpointLayer:
     layer_idx, num_experts, hidden_size, intermediate_size : int
     bias : bool
         Whether the experts have biases.
+    block_scales : bool
+        Whether the weights are float8_e4m3fn with a scale for each block of 128 by 128.
     """
 
     def __init__(self, checkpoint: Checkpoint, layer_idx: int, names: dict[str, str]) -> None:
@@ -180,6 +213,9 @@ class CheckpointLayer:
             )
         self._fused = "gate_up_proj" in names
         self.bias = "gate_up_proj_bias" in names or "0.gate_proj.bias" in names
+        self.block_scales = "0.gate_proj.scale" in names
+        if self.block_scales:
+            self._check_blocks()
         if self._fused:
             self._require("down_proj")
             inner2, down = self._shape("gate_up_proj"), self._shape("down_proj")
@@ -209,6 +245,15 @@ class CheckpointLayer:
                 raise self._bad_shapes(gate, self._shape("0.down_proj"))
             self.intermediate_size, self.hidden_size = gate
 
+    def _check_blocks(self) -> None:
+        settings = self._checkpoint.config.get("quantization_config")
+        block = settings.get("weight_block_size") if isinstance(settings, dict) else None
+        if block is not None and list(block) != [SCALE_BLOCK, SCALE_BLOCK]:
+            raise KtkUnsupportedError(
+                f"{self._checkpoint.path} has fp8 weights in blocks of {block}; ktk reads blocks of "
+                f"{SCALE_BLOCK} by {SCALE_BLOCK}, convert the experts to bfloat16 first"
+            )
+
     def _require(self, key: str) -> str:
         try:
             return self._names[key]
@@ -230,9 +275,10 @@ class CheckpointLayer:
         name = self._require(key)
         view = self._checkpoint._slice(name)
         tensor: torch.Tensor = view[:] if expert is None else view[expert]
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in _DTYPES and not (self.block_scales and tensor.dtype == torch.float8_e4m3fn):
             raise KtkUnsupportedError(
-                f"{name} is {tensor.dtype}; experts must be bfloat16, float16 or float32"
+                f"{name} is {tensor.dtype}; experts must be bfloat16, float16 or float32, or float8_e4m3fn "
+                "with a weight_scale_inv"
             )
         if shape is not None and tuple(tensor.shape) != shape:
             raise KtkArgumentError(f"{name} should have the shape {list(shape)}, got {list(tensor.shape)}")
@@ -255,7 +301,7 @@ class CheckpointLayer:
         KtkArgumentError
             If there is no such expert, or a tensor is missing or has a shape unlike those of expert 0.
         KtkUnsupportedError
-            If the weights are not bfloat16, float16 or float32.
+            If the weights are not bfloat16, float16, float32, or fp8 with block scales.
         """
         checked_int("expert", expert, 0, self.num_experts - 1)
         hidden, inner = self.hidden_size, self.intermediate_size
@@ -264,6 +310,12 @@ class CheckpointLayer:
             def bias(projection: str, rows: int) -> torch.Tensor | None:
                 return self._read(f"{expert}.{projection}.bias", None, (rows,)) if self.bias else None
 
+            def scale(projection: str, rows: int, columns: int) -> torch.Tensor | None:
+                if not self.block_scales:
+                    return None
+                blocks = (-(-rows // SCALE_BLOCK), -(-columns // SCALE_BLOCK))
+                return self._read(f"{expert}.{projection}.scale", None, blocks).to(torch.float32)
+
             return ExpertWeights(
                 gate=self._read(f"{expert}.gate_proj", None, (inner, hidden)),
                 up=self._read(f"{expert}.up_proj", None, (inner, hidden)),
@@ -271,6 +323,9 @@ class CheckpointLayer:
                 gate_bias=bias("gate_proj", inner),
                 up_bias=bias("up_proj", inner),
                 down_bias=bias("down_proj", hidden),
+                gate_scale=scale("gate_proj", inner, hidden),
+                up_scale=scale("up_proj", inner, hidden),
+                down_scale=scale("down_proj", hidden, inner),
             )
         gate_up = self._read("gate_up_proj", expert, None)
         down = self._read("down_proj", expert, None)
@@ -346,7 +401,7 @@ def _expert_layers(root: Path, shards: dict[str, Path]) -> dict[int, dict[str, s
         layers = found.setdefault(match["base"], {})
         projection = _PROJECTIONS.get(match["projection"], match["projection"])
         if match.re is _SINGLE:
-            leaf = {"weight": "", "bias": ".bias"}.get(match["leaf"], ".?")
+            leaf = {"weight": "", "bias": ".bias", "weight_scale_inv": ".scale"}.get(match["leaf"], ".?")
             key = f"{match['expert']}.{projection}{leaf}"
         else:
             key = projection + {".weight": "", "": "", "_bias": "_bias"}.get(match["leaf"], "?")

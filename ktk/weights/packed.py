@@ -32,6 +32,7 @@ __all__ = [
     "PackedLayer",
     "PackedWriter",
     "PartSpec",
+    "discard_packed",
     "find_packed",
     "packed_path",
 ]
@@ -153,8 +154,8 @@ class PackedLayer:
     def parts(self) -> tuple[PartSpec, ...]:
         """Parts of every expert in file order: those of large elements first, so that all stay aligned."""
         hidden, inner = self.hidden_size, self.intermediate_size
-        k_step = 32 if self.format == "bf16" else 64
-        tile = {"bf16": (16, 16, 2), "int8": (16, 16, 4), "int4": (8, 16, 4)}[self.format]
+        k_step = 32 if self.format in ("bf16", "fp8") else 64
+        tile = {"bf16": (16, 16, 2), "int8": (16, 16, 4), "int4": (8, 16, 4), "fp8": (8, 16, 4)}[self.format]
         weight_dtype = "BF16" if self.format == "bf16" else "U8"
 
         def blocks(size: int, step: int) -> int:
@@ -177,7 +178,7 @@ class PackedLayer:
             groups_in = blocks(hidden, self.group_size) if grouped else 1
             groups_out = blocks(inner, self.group_size) if grouped else 1
             gate_up, down = (rows_in, groups_in, 2, _TILE_ROWS), (rows_out, groups_out, _TILE_ROWS)
-            scale_dtype = "BF16" if grouped else "F32"
+            scale_dtype = "BF16" if grouped and self.format != "fp8" else "F32"
             parts.append(PartSpec(name="gate_up.scale", code=1, dtype=scale_dtype, shape=gate_up))
             parts.append(PartSpec(name="down.scale", code=4, dtype=scale_dtype, shape=down))
         if self.bias:
@@ -265,6 +266,15 @@ def find_packed(path: str | os.PathLike[str], format: str, layer_idx: int) -> Pa
         if candidate.is_file():
             return candidate
     return None
+
+
+def discard_packed(path: str | os.PathLike[str], format: str, layer_idx: int) -> None:
+    """Remove the file of one layer from a directory of packed files, if there is one.
+
+    Files that hold several layers, and a `path` that is a file, stay.
+    """
+    if Path(path).is_dir():
+        packed_path(path, format, layer_idx).unlink(missing_ok=True)
 
 
 class PackedWriter:

@@ -44,12 +44,18 @@ KTK_API int32_t ktk_abi_version(void);
 
 /* ---- enumerations ---------------------------------------------------------------------------- */
 
-typedef enum ktk_dtype { KTK_DTYPE_F32 = 0, KTK_DTYPE_BF16 = 1, KTK_DTYPE_F16 = 2 } ktk_dtype;
+typedef enum ktk_dtype {
+  KTK_DTYPE_F32 = 0,
+  KTK_DTYPE_BF16 = 1,
+  KTK_DTYPE_F16 = 2,
+  KTK_DTYPE_F8_E4M3 = 3 /* only of ktk_expert_weights; no infinities, 0x7f and 0xff are NaN */
+} ktk_dtype;
 
 typedef enum ktk_format {
   KTK_FORMAT_BF16 = 0, /* bf16 weights, bf16 activations */
   KTK_FORMAT_INT8 = 1, /* 8-bit weights with one scale a group or a row, int8 activations */
-  KTK_FORMAT_INT4 = 2  /* 4-bit weights with one scale a group or a row, int8 activations */
+  KTK_FORMAT_INT4 = 2, /* 4-bit weights with one scale a group or a row, int8 activations */
+  KTK_FORMAT_FP8 = 3   /* e4m3 weights with one scale for 128 columns of a row, bf16 activations */
 } ktk_format;
 
 /* The pieces of one packed expert, in the order of ktk_moe_part_bytes. docs/formats.md has the layouts. */
@@ -130,7 +136,8 @@ typedef struct ktk_moe_config {
   int32_t intermediate_size; /* I */
   int32_t max_tokens;        /* most tokens in one forward */
   int32_t format;            /* ktk_format */
-  int32_t group_size;        /* INT8, INT4: 32, 64 or 128 input columns a scale, 0: one scale a row; else 0 */
+  int32_t group_size;        /* INT8, INT4: 32, 64 or 128 input columns a scale, 0: one scale a row;
+                                FP8: 128; else 0 */
   int32_t asymmetric;        /* INT4 with groups: non-zero for one zero point a group */
   int32_t strict;            /* non-zero: one kernel family, so bits do not depend on the batch size */
   float swiglu_limit;        /* > 0: gate at most limit, up within +-limit, before the activation */
@@ -141,7 +148,9 @@ typedef struct ktk_moe_config {
 } ktk_moe_config;
 
 /* One expert in row-major order: gate and up [I, H], down [H, I], all of one dtype, aligned to it.
- * Biases are fp32 [I], [I], [H]; each may be NULL. */
+ * Biases are fp32 [I], [I], [H]; each may be NULL. KTK_DTYPE_F8_E4M3 is taken by KTK_FORMAT_FP8 alone, as it
+ * is, with a scale for each block of 128 by 128 weights: [ceil(I / 128), ceil(H / 128)] for gate and up,
+ * [ceil(H / 128), ceil(I / 128)] for down. Other dtypes come without scales. */
 typedef struct ktk_expert_weights {
   uint32_t struct_size;
   int32_t dtype; /* ktk_dtype */
@@ -151,6 +160,9 @@ typedef struct ktk_expert_weights {
   const float *gate_bias;
   const float *up_bias;
   const float *down_bias;
+  const float *gate_scale;
+  const float *up_scale;
+  const float *down_scale;
 } ktk_expert_weights;
 
 typedef struct ktk_forward_args {

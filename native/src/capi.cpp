@@ -286,8 +286,7 @@ void copy_text(const std::string &text, char *buffer, size_t capacity, size_t *n
 }
 
 const ktk::FormatKernels &format_of(const ktk::Backend &backend, int32_t format) {
-  require(format >= KTK_FORMAT_BF16 && format <= KTK_FORMAT_INT4, "format ", format,
-          " is unknown; use 0 (bf16), 1 (int8) or 2 (int4)");
+  require(ktk::is_format(format), "format ", format, " is unknown; use ", ktk::kFormatsText);
   return backend.formats[format];
 }
 
@@ -306,7 +305,7 @@ const char *kernel_name(const ktk::Backend &backend, int32_t format, bool tile) 
   const auto &backends = ktk::backends();
   const auto index =
       static_cast<size_t>(std::find(backends.begin(), backends.end(), &backend) - backends.begin());
-  return names[(index * 3 + static_cast<size_t>(format)) * 2 + (tile ? 1 : 0)].c_str();
+  return names[(index * ktk::kFormats + static_cast<size_t>(format)) * 2 + (tile ? 1 : 0)].c_str();
 }
 
 }  // namespace

@@ -24,7 +24,8 @@ struct Form {
   int32_t format, group_size, asymmetric;
 };
 constexpr Form kForms[] = {{KTK_FORMAT_BF16, 0, 0},  {KTK_FORMAT_INT8, 0, 0},  {KTK_FORMAT_INT4, 0, 0},
-                           {KTK_FORMAT_INT4, 32, 0}, {KTK_FORMAT_INT4, 64, 1}, {KTK_FORMAT_INT4, 128, 1}};
+                           {KTK_FORMAT_INT4, 32, 0}, {KTK_FORMAT_INT4, 64, 1}, {KTK_FORMAT_INT4, 128, 1},
+                           {KTK_FORMAT_FP8, 128, 0}};
 
 void ok(ktk_status status) {
   if (status != KTK_OK) ktk_test::record_failure(__FILE__, __LINE__, ktk_last_error());
@@ -317,7 +318,7 @@ TEST(probes_do_their_work_on_every_subpool) {
   const Pool pool({1, 2});
   for_each_isa([&](const char *isa) {
     for (int32_t kind = KTK_PROBE_PRODUCT; kind <= KTK_PROBE_COPY; kind++) {
-      for (int32_t format = KTK_FORMAT_BF16; format <= (kind == KTK_PROBE_PRODUCT ? KTK_FORMAT_INT4 : 0);
+      for (int32_t format = KTK_FORMAT_BF16; format <= (kind == KTK_PROBE_PRODUCT ? KTK_FORMAT_FP8 : 0);
            format++) {
         ktk_probe_config config = {};
         config.struct_size = sizeof(config);

@@ -182,7 +182,8 @@ struct Step {
 struct Form {
   int32_t format, group_size;
 };
-constexpr Form kForms[] = {{KTK_FORMAT_BF16, 0}, {KTK_FORMAT_INT8, 0}, {KTK_FORMAT_INT4, 32}};
+constexpr Form kForms[] = {
+    {KTK_FORMAT_BF16, 0}, {KTK_FORMAT_INT8, 0}, {KTK_FORMAT_INT4, 32}, {KTK_FORMAT_FP8, 128}};
 
 TEST(every_kernel) {
   for (int32_t i = 0; i < ktk_isa_count(); i++) {

@@ -7,6 +7,7 @@
 #   tests/bench/device.sh isa ISA NAME [OPTIONS]   the same on another instruction set
 #   tests/bench/device.sh scaling NAME [OPTIONS]   1, 2, 4 ... all threads, three formats
 #   tests/bench/device.sh peers NAME [OPTIONS]     ktk beside other libraries
+#   tests/bench/device.sh sft NAME [OPTIONS]       fine-tuning: forward and backward, 512 to 8192 tokens
 #   tests/bench/device.sh draw                     pictures of what is in $OUT
 #
 # NAME is a shape of `ktk bench`, OPTIONS are passed on. Results go to $OUT (build/device/out). Every command builds
@@ -70,6 +71,8 @@ case $command in
     echo "tests/bench/device.sh scaling dsv3"
     for isa in avx512_bf16 avx512 avx2; do echo "tests/bench/device.sh isa $isa qwen3"; done
     for shape in "${SHAPES[@]}"; do echo "tests/bench/device.sh peers $shape"; done
+    echo "tests/bench/device.sh sft qwen3"
+    echo "tests/bench/device.sh sft dsv3"
     echo "tests/bench/device.sh draw"
     ;;
   build) build ;;
@@ -103,11 +106,18 @@ case $command in
       ${PEERS_SITE:+--site "$PEERS_SITE"} --rounds 3 --cell-s 0.3 --max-call-s 4 \
       --output "$OUT/$shape-peers.json" "$@" | tee "$OUT/$shape-peers.txt"
     ;;
+  sft)
+    build
+    shape=$1
+    shift
+    PYTHONPATH=$SITE python3 tests/bench/sft.py --shapes "$shape" --tokens 512,1024,2048,4096,8192 --ranks 8,16 \
+      --formats bf16,int8,int4,fp8 --output "$OUT/$shape-sft.json" "$@" | tee "$OUT/$shape-sft.txt"
+    ;;
   draw)
     build
     for report in "$OUT"/*.json; do
       name=$(basename "$report" .json)
-      [[ $name == *-peers ]] && continue
+      [[ $name == *-peers || $name == *-sft ]] && continue
       peers=$OUT/$name-peers.json
       others=()
       [[ -f $peers ]] && others=(--peers "$peers")

@@ -7,12 +7,12 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from .quantise import QuantisedMatrix, quantise_int4, quantise_int8
+from .quantise import BlockScaled, QuantisedMatrix, quantise_fp8, quantise_int4, quantise_int8
 from .rounding import BF16, Array, F32Array, round_bf16, to_f32
 
 U8Array = npt.NDArray[np.uint8]
 
-FORMAT_BF16, FORMAT_INT8, FORMAT_INT4 = 0, 1, 2
+FORMAT_BF16, FORMAT_INT8, FORMAT_INT4, FORMAT_FP8 = 0, 1, 2, 3
 
 PART_NAMES = (
     "gate_up_weight",
@@ -36,9 +36,9 @@ class Format:
     Attributes
     ----------
     kind : int
-        FORMAT_BF16, FORMAT_INT8 or FORMAT_INT4.
+        FORMAT_BF16, FORMAT_INT8, FORMAT_INT4 or FORMAT_FP8.
     group : int
-        INT8, INT4: input columns a scale covers, 0 for the whole row; 0 otherwise.
+        INT8, INT4: input columns a scale covers, 0 for the whole row; FP8: 128; 0 otherwise.
     asymmetric : bool
         INT4 with groups: one zero point a group.
     """
@@ -50,7 +50,7 @@ class Format:
     @property
     def integer(self) -> bool:
         """Whether weights and activations are integers."""
-        return self.kind != FORMAT_BF16
+        return self.kind in (FORMAT_INT8, FORMAT_INT4)
 
     @property
     def k_step(self) -> int:
@@ -60,14 +60,18 @@ class Format:
     def __str__(self) -> str:
         if self.kind == FORMAT_BF16:
             return "bf16"
+        if self.kind == FORMAT_FP8:
+            return "fp8"
         if self.kind == FORMAT_INT8:
             return f"int8-{self.group or 'row'}"
         return f"int4{'z' if self.asymmetric else ''}-{self.group or 'row'}"
 
     def quantise(self, weights: Array) -> QuantisedMatrix | F32Array:
-        """Weights as the format holds them: a `QuantisedMatrix`, or bf16 values kept as fp32."""
+        """Weights as the products see them: a `QuantisedMatrix`, or bf16 values kept as fp32."""
         if self.kind == FORMAT_BF16:
             return round_bf16(weights)
+        if self.kind == FORMAT_FP8:
+            return quantise_fp8(to_f32(weights)).values()
         if self.kind == FORMAT_INT8:
             return quantise_int8(to_f32(weights), self.group)
         return quantise_int4(to_f32(weights), self.group, self.asymmetric)
@@ -110,9 +114,15 @@ def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def pack_weight(matrix: QuantisedMatrix | F32Array, form: Format) -> U8Array:
+def pack_weight(matrix: QuantisedMatrix | BlockScaled | F32Array, form: Format) -> U8Array:
     """Tiles of one matrix, shape (row blocks, k steps, bytes of a tile)."""
     k_step = form.k_step
+    if isinstance(matrix, BlockScaled):
+        rows, columns = matrix.codes.shape
+        stored = _padded(matrix.codes, _round_up(rows, TILE_ROWS), _round_up(columns, k_step), 0)
+        quads8 = stored.reshape(stored.shape[0] // 16, 16, stored.shape[1] // 32, 8, 4)
+        ordered = np.ascontiguousarray(quads8.transpose(0, 2, 3, 1, 4))
+        return ordered.reshape(*ordered.shape[:2], -1).view(np.uint8)
     if isinstance(matrix, np.ndarray):
         rows, columns = matrix.shape
         padded = _padded(matrix, _round_up(rows, TILE_ROWS), _round_up(columns, k_step), 0)
@@ -148,18 +158,26 @@ def _bytes(values: npt.NDArray[np.generic]) -> U8Array:
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
-def _stored_scale(matrix: QuantisedMatrix) -> npt.NDArray[np.generic]:
+def _stored_scale(matrix: QuantisedMatrix | BlockScaled) -> npt.NDArray[np.generic]:
+    if isinstance(matrix, BlockScaled):
+        return matrix.scale
     return matrix.scale.astype(BF16) if matrix.group else matrix.scale
 
 
 def pack(weights: ExpertWeights, form: Format) -> dict[str, U8Array]:
     """All parts of one expert as flat bytes, keyed by `PART_NAMES`; empty where the format has none."""
-    gate, up, down = (form.quantise(w) for w in (weights.gate, weights.up, weights.down))
+    quantise = form.quantise
+    if form.kind == FORMAT_FP8:
+
+        def quantise(weights: Array) -> BlockScaled:
+            return quantise_fp8(to_f32(weights))
+
+    gate, up, down = (quantise(w) for w in (weights.gate, weights.up, weights.down))
     parts = {name: np.zeros(0, np.uint8) for name in PART_NAMES}
     parts["gate_up_weight"] = _bytes(np.stack([pack_weight(gate, form), pack_weight(up, form)], axis=2))
     parts["down_weight"] = _bytes(pack_weight(down, form))
-    if isinstance(gate, QuantisedMatrix):
-        assert isinstance(up, QuantisedMatrix) and isinstance(down, QuantisedMatrix)
+    if isinstance(gate, (QuantisedMatrix, BlockScaled)):
+        assert not isinstance(up, np.ndarray) and not isinstance(down, np.ndarray)
         pair = [_by_row_block(_stored_scale(matrix)) for matrix in (gate, up)]
         parts["gate_up_scale"] = _bytes(np.stack(pair, axis=2))
         parts["down_scale"] = _bytes(_by_row_block(_stored_scale(down)))
@@ -191,6 +209,10 @@ def unpack_weight(tiles: U8Array, rows: int, columns: int, form: Format) -> npt.
         within = (k // 2) * 32 + (k % 2)
         index = (row_block[:, None] * steps + step) * 512 + within + n[:, None] * 2
         return flat[index].view(BF16)
+    if form.kind == FORMAT_FP8:
+        within = (k // 4) * 64 + (k % 4)
+        index = (row_block[:, None] * steps + step) * 512 + within + n[:, None] * 4
+        return tiles.reshape(-1)[index]
     if form.kind == FORMAT_INT8:
         within = (k // 4) * 64 + (k % 4)
         index = (row_block[:, None] * steps + step) * 1024 + within + n[:, None] * 4

@@ -188,3 +188,58 @@ def quantise_int4(weights: F32Array, group: int, asymmetric: bool) -> QuantisedM
             block = weights[:, part]
             q[:, part], scale[:, index], zero[:, index] = _fit_int4_group(block, group, asymmetric)
     return QuantisedMatrix(q, scale, zero, group)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockScaled:
+    """A weight matrix in e4m3 with scales along its rows.
+
+    Attributes
+    ----------
+    codes : ndarray of uint8, shape (rows, columns)
+    scale : ndarray of float32, shape (rows, ceil(columns / 128))
+    """
+
+    codes: npt.NDArray[np.uint8]
+    scale: F32Array
+
+    def values(self) -> F32Array:
+        """The weights that they stand for: code times scale, rounded to bf16 and kept as fp32."""
+        out = e4m3_values(self.codes)
+        for index, columns in enumerate(groups_of(self.codes.shape[1], 128)):
+            out[:, columns] *= self.scale[:, index : index + 1]
+        return round_bf16(out)
+
+
+def e4m3_values(codes: npt.NDArray[np.uint8]) -> F32Array:
+    """Values of finite e4m3 codes: a sign, 4 bits of exponent with a bias of 7, 3 of mantissa."""
+    exponent, mantissa = (codes >> 3) & 15, (codes & 7) / 8.0
+    magnitude = np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7.0))
+    return np.where(codes & 128, -magnitude, magnitude).astype(np.float32)
+
+
+def e4m3_codes(values: F32Array) -> npt.NDArray[np.uint8]:
+    """Nearest e4m3 codes, ties to the even one, of values within plus or minus 448."""
+    finite = e4m3_values(np.arange(127, dtype=np.uint8)).astype(np.float64)
+    magnitude = np.abs(values.astype(np.float64))
+    above = np.clip(np.searchsorted(finite, magnitude), 1, 126)
+    low, high = magnitude - finite[above - 1], finite[above] - magnitude
+    up = (low > high) | ((low == high) & (above % 2 == 0))
+    code = np.where(up, above, above - 1)
+    return (code | np.where(np.signbit(values), 128, 0)).astype(np.uint8)
+
+
+def quantise_fp8(weights: F32Array) -> BlockScaled:
+    """e4m3 weights with an fp32 scale, amax / 448, for every 128 columns of a row."""
+    slices = groups_of(weights.shape[1], 128)
+    codes = np.zeros(weights.shape, np.uint8)
+    scale = np.zeros((weights.shape[0], len(slices)), np.float32)
+    largest = np.float32(448)
+    for index, part in enumerate(slices):
+        amax = np.abs(weights[:, part]).max(axis=1)
+        usable = amax >= TINY
+        divisor = np.where(usable, amax, np.float32(1))
+        scale[:, index] = np.where(usable, amax / largest, np.float32(0))
+        inverse = np.where(usable, largest / divisor, np.float32(0))
+        codes[:, part] = e4m3_codes(np.clip(weights[:, part] * inverse[:, None], -largest, largest))
+    return BlockScaled(codes, scale)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +168,37 @@ def test_extra_experts_join_peft_file(tmp_path: Path) -> None:
     with pytest.raises(KTAMXConfigError, match="kt_use_lora_experts"):
         load_lora_experts_from_adapter(without, tmp_path)
     assert save_lora_experts_to_adapter(without, tmp_path / "none") is None
+
+
+def test_manifest_shows_a_damaged_copy(tmp_path: Path) -> None:
+    source = eager("qwen3_moe")
+    model = with_peft(wrap(copy.deepcopy(source)), target_parameters=None)
+    model.save_pretrained(tmp_path)
+    save_kt_adapter_artifacts(model, tmp_path)
+    manifest = json.loads((tmp_path / "kt_adapter_manifest.json").read_text())
+    fused = tmp_path / "fused_expert_lora.safetensors"
+    assert manifest["version"] == 1 and manifest["files"].keys() == {fused.name}
+    assert manifest["files"][fused.name] == {
+        "size": fused.stat().st_size,
+        "sha256": hashlib.sha256(fused.read_bytes()).hexdigest(),
+    }
+    again = with_peft(wrap(source), seed=9, target_parameters=None)
+    whole = fused.read_bytes()
+    for broken in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
+        fused.write_bytes(broken)
+        with pytest.raises(KTAMXConfigError, match="changed, or copied in part"):
+            load_kt_adapter_artifacts(again, tmp_path)
+    fused.unlink()
+    with pytest.raises(KTAMXConfigError, match="copied in part"):
+        load_kt_adapter_artifacts(again, tmp_path)
+    fused.write_bytes(whole)
+    for text, message in (("{", "is damaged"), ('{"version": 2, "files": {}}', "has version 2")):
+        (tmp_path / "kt_adapter_manifest.json").write_text(text)
+        with pytest.raises(KTAMXConfigError, match=message):
+            load_kt_adapter_artifacts(again, tmp_path)
+    (tmp_path / "kt_adapter_manifest.json").unlink()
+    assert load_kt_adapter_artifacts(again, tmp_path) == 2
+    assert_same(six(again), six(model))
 
 
 def test_extra_experts_alone(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "weight_path": ("/weights", "/weights"),
     "non_expert_weight_path": ("/rest", "/rest"),
     "expert_weight_format": ("int8", "int8"),
-    "weight_lifecycle": ("persistent", "persistent"),
+    "weight_lifecycle": ("ephemeral", "ephemeral"),
     "expert_checkpoint_path": ("/experts", "/experts"),
     "num_gpu_experts": ("0", 0),
     "skip_expert_loading": ("no", False),
@@ -64,8 +64,12 @@ VALUES: dict[str, tuple[str, Any]] = {
 }
 
 
+OBJECTS = ["activation_policy", "checkpoint_files", "sharded_metadata", "wrap_fn", "wrap_kwargs"]
+
+
 def test_fields_are_those_of_kt_kernel() -> None:
     names = {field.name for field in dataclasses.fields(KTConfig)}
+    assert names >= {f"kt_{name}" for name in OBJECTS}
     assert {f"kt_{name}" for name in SEED_NAMES} <= names
     assert {f"kt_{name}" for name in VALUES} <= names
     assert all(name.startswith("kt_") for name in names)
@@ -123,7 +127,7 @@ def test_defaults() -> None:
         ({"num_gpu_experts": 2}, "kt_num_gpu_experts must be between 0 and 0"),
         ({"backend": "AMXINT3"}, "unknown training method 'AMXINT3'"),
         ({"weight_path": 3}, "kt_weight_path must be a string, got int"),
-        ({"weight_lifecycle": "ephemeral"}, "must be one of persistent"),
+        ({"weight_lifecycle": "brief"}, "must be one of persistent, ephemeral"),
         ({"train_mode": "full", "backend": "AMXINT8"}, "must be bf16; got int8"),
         ({"activation_policy": "sometimes"}, "must be retain or recompute"),
         ({"activation_policy": {"tpu": "retain"}}, "a mapping with cpu and gpu"),

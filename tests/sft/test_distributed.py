@@ -179,3 +179,24 @@ def test_a_rank_that_dies_takes_the_others_down(outcome: Outcome) -> None:
     assert outcome.codes == [0, 3]
     assert "lost another rank" in errors_of(outcome.folder / "dies")[0]
     assert outcome.apart_s < FAILURE_LIMIT_S
+
+
+def test_accelerator_under_torchrun(tmp_path: Path) -> None:
+    """``accelerate launch`` itself starts several processes on GPUs only, or through MPI."""
+    path = os.pathsep.join([str(Path(ktk.__file__).parent.parent), str(TESTS)])
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, str(TESTS / "sft" / "launched.py"), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    actual = torch.load(tmp_path / "gradients.pt")
+    expected = expected_gradients(False)
+    assert actual.keys() == expected.keys()
+    for name, wanted in expected.items():
+        assert (actual[name] - wanted).norm() <= 2e-3 * wanted.norm() + 1e-7, name

@@ -73,8 +73,73 @@ def test_exported(name: str) -> None:
     assert value.__doc__
 
 
+#: What else of kt-kernel's training package its clients call or read.
+MEMBERS = {
+    "AMXSFTMoEWrapper": [
+        "forward",
+        "backward",
+        "submit_forward",
+        "sync_forward",
+        "submit_backward_async",
+        "sync_backward",
+        "submit_forward_inference",
+        "sync_forward_inference",
+        "submit_backward_repack",
+        "wait_backward_repack",
+        "load_weights",
+        "init_lora_weights",
+        "update_lora_weights",
+        "update_base_weights",
+        "init_full_weight_grad_buffers",
+        "release_authoritative_optimizer_grads",
+    ],
+    "KExpertsSFTBuffer": ["get_buffer", "clear_cache"],
+    "KTMoEFunction": ["apply", "forward", "backward"],
+    "KTMoELayerWrapper": ["forward", "wrapper"],
+    "LoRAExperts": ["forward"],
+    "KTConfig": ["from_object", "method"],
+}
+
+
+@pytest.mark.parametrize(("name", "member"), [(name, one) for name, all_ in MEMBERS.items() for one in all_])
+def test_members(name: str, member: str) -> None:
+    assert hasattr(getattr(ktk.sft, name), member)
+
+
+@pytest.mark.parametrize("base", ["AMXBF16", "AMXINT8", "AMXINT4", "AMXFP8"])
+def test_methods_of_the_factory(base: str) -> None:
+    sizes = {"layer_idx": 0, "num_experts": 2, "num_experts_per_tok": 1, "hidden_size": 64}
+    for suffix in ("_SFT", "_SFT_SkipLoRA"):
+        wrapper = ktk.KTMoEWrapper(
+            **sizes,
+            moe_intermediate_size=32,
+            cpuinfer_threads=1,
+            chunked_prefill_size=8,
+            method=base + suffix,
+            mode="sft",
+        )
+        assert isinstance(wrapper, ktk.sft.AMXSFTMoEWrapper)
+        assert (wrapper.method, wrapper.lora_rank, wrapper.lora_alpha) == (base + suffix, 16, 32.0)
+        assert (wrapper.lora_dropout, wrapper.max_cache_depth, wrapper.full_weight_grad) == (0.0, 1, False)
+        wrapper.close()
+
+
 @pytest.mark.parametrize(
-    "module", ["base", "amx", "arch", "autograd", "config", "layer", "lora", "weights", "wrapper"]
+    "module",
+    [
+        "amx",
+        "arch",
+        "artifacts",
+        "autograd",
+        "base",
+        "checkpoint",
+        "config",
+        "dist_utils",
+        "layer",
+        "lora",
+        "weights",
+        "wrapper",
+    ],
 )
 def test_modules_have_the_names_that_clients_import_from(module: str) -> None:
     __import__(f"ktk.sft.{module}")

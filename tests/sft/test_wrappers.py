@@ -76,7 +76,7 @@ def started(**changes: Any) -> tuple[AMXSFTMoEWrapper, list[torch.Tensor], list[
     return wrapper, weights, grads
 
 
-@pytest.mark.parametrize("method", ["AMXBF16_SFT", "AMXINT8_SFT", "INT8_SFT", "AMXINT4_SFT"])
+@pytest.mark.parametrize("method", ["AMXBF16_SFT", "AMXINT8_SFT", "INT8_SFT", "AMXINT4_SFT", "AMXFP8_SFT"])
 def test_forward_and_backward_of_every_method(method: str) -> None:
     wrapper, _, grads = started(method=method)
     x, ids, w = tokens(2, 9)
@@ -287,7 +287,7 @@ def test_bad_gradients_and_a_context_used_twice() -> None:
     with pytest.raises(KtkStateError, match="used already or freed"):
         wrapper.run_backward(saved, torch.ones_like(x))
     wrapper.forward(x, ids, w)
-    with pytest.raises(KtkArgumentError, match="holds NaN: the loss"):
+    with pytest.raises(KtkArgumentError, match="NaN or infinity in 5 of 5 tokens"):
         wrapper.backward(torch.full_like(x, torch.nan))
     wrapper.forward(x, ids, w)
     with pytest.raises(KtkArgumentError, match=r"the shape \[5, 80\] of the output"):
@@ -406,6 +406,28 @@ def test_load_kt_model_keeps_packed_files(tmp_path: Path) -> None:
     again = load_kt_model(model_name_or_path=checkpoint("qwen3_moe"), kt_plugin=settings)
     data = batch(device=first.device)
     assert torch.equal(first(**data).logits, again(**data).logits)
+
+
+def test_ephemeral_files_are_used_up(tmp_path: Path) -> None:
+    settings = {"num_threads": 2, "weight_path": str(tmp_path), "backend": "AMXINT8"}
+    source = checkpoint("qwen3_moe")
+    first = load_kt_model(model_name_or_path=source, kt_plugin=settings)
+    packed_path(tmp_path, "int8", 1).unlink()
+    (tmp_path / "other").write_text("stays")
+    again = load_kt_model(model_name_or_path=source, kt_plugin={**settings, "weight_lifecycle": "ephemeral"})
+    # Layer 0 was loaded from its file, layer 1 packed from the checkpoint, and neither left one.
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+    assert torch.equal(first(**batch()).logits, again(**batch()).logits)
+
+
+def test_ephemeral_files_of_a_model_in_memory(tmp_path: Path) -> None:
+    source = eager("qwen3_moe")
+    expected = wrap(copy.deepcopy(source), backend="AMXINT8")
+    for index, wrapper in enumerate(expected._kt_wrappers):
+        wrapper.experts.save(packed_path(tmp_path, "int8", index))
+    model = wrap(source, backend="AMXINT8", weight_path=str(tmp_path), weight_lifecycle="ephemeral")
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(model(**batch()).logits, expected(**batch()).logits)
 
 
 def test_load_kt_model_refuses() -> None:

@@ -20,7 +20,9 @@ constexpr int kBlockRows = 16;         // rows of one block of activations: a ti
 constexpr int kStepBytes = 64;         // bytes of K that one step advances each row
 constexpr int kActivationGroup = 128;  // columns of a row of activations that share a scale, where they do
 constexpr int kIntermediateGroup = kActivationGroup;  // columns of the intermediate made by one unit of work
-constexpr int kPassRows = 512;  // most rows of one pass over weight panels (see kernels/expert.h)
+constexpr int kPassRows = 512;    // most rows of one pass over weight panels (see kernels/expert.h)
+constexpr int kFormats = 4;       // values of ktk_format
+constexpr int kScaleBlock = 128;  // columns of e4m3 weights that share a scale
 
 // One projection as the kernels see it: K is cut into steps, and steps into segments, within which
 // integer products share one weight scale and one activation scale.
@@ -32,7 +34,7 @@ struct Gemm {
   int32_t halves;         // 2: each step holds two segments of 32 columns, else 1
   int32_t segments_per_row_group;
   int32_t row_group_shift;  // segment >> row_group_shift: its activation group
-  int32_t weight_groups;    // scales along K, for one output row
+  int32_t weight_groups;    // scales along K, for one output row; 0 for bf16
   int32_t row_groups;       // activation scales along K, 0 for bf16
   int32_t group_columns;    // weight group size, depth for one scale a row; 0: no scales
   int32_t scale_is_bf16;
@@ -128,6 +130,7 @@ struct PackArgs {
   uint8_t *scale;  // of group g: 16 scales at element g * group_stride
   uint8_t *zero;
   int64_t group_stride;
+  const float *block_scale;  // of e4m3 rows, one for every 128 columns of the unsharded row; else null
 };
 
 // The multiplication that a format's products are made of.
@@ -192,7 +195,7 @@ struct Backend {
   void (*finish)(const FinishArgs *);
   void (*read)(const ReadArgs *);
   void (*copy)(const CopyArgs *);
-  FormatKernels formats[3];  // by ktk_format
+  FormatKernels formats[kFormats];  // by ktk_format
   TrainKernels train;
 };
 

@@ -71,6 +71,7 @@ ExpertStore::ExpertStore(const ktk_moe_config &config, const FormatKernels &kern
     : kernels_(kernels),
       pool_(pool),
       layer_index_(config.layer_index),
+      format_(config.format),
       num_experts_(config.num_experts),
       hidden_size_(config.hidden_size),
       intermediate_size_(config.intermediate_size),
@@ -239,14 +240,23 @@ void ExpertStore::pack(int32_t expert, const ktk_expert_weights &weights) {
   const void *matrices[] = {weights.gate, weights.up, weights.down};
   const float *biases[] = {weights.gate_bias, weights.up_bias, weights.down_bias};
   constexpr const char *kNames[] = {"gate", "up", "down"};
-  require(weights.dtype >= KTK_DTYPE_F32 && weights.dtype <= KTK_DTYPE_F16, "layer ", layer_index_,
-          ": weight dtype ", weights.dtype, " is unknown; use 0 (fp32), 1 (bf16) or 2 (fp16)");
-  const uintptr_t width = weights.dtype == KTK_DTYPE_F32 ? 4 : 2;
+  require(weights.dtype >= KTK_DTYPE_F32 && weights.dtype <= KTK_DTYPE_F8_E4M3, "layer ", layer_index_,
+          ": weight dtype ", weights.dtype,
+          " is unknown; use 0 (fp32), 1 (bf16), 2 (fp16) or, in format fp8, 3 (e4m3)");
+  const bool codes = weights.dtype == KTK_DTYPE_F8_E4M3;
+  const float *block_scales[] = {weights.gate_scale, weights.up_scale, weights.down_scale};
+  require(!codes || format_ == KTK_FORMAT_FP8, "layer ", layer_index_, ", expert ", expert,
+          ": only a layer of format fp8 takes weights of dtype e4m3; give this one bf16 or fp32");
+  const uintptr_t width = codes ? 1 : weights.dtype == KTK_DTYPE_F32 ? 4 : 2;
   for (int i = 0; i < 3; i++) {
     require(matrices[i] != nullptr, "layer ", layer_index_, ", expert ", expert, ": the ", kNames[i],
             " weights are null");
     require(reinterpret_cast<uintptr_t>(matrices[i]) % width == 0, "layer ", layer_index_, ", expert ",
             expert, ": the ", kNames[i], " weights are not aligned to their ", width, "-byte values");
+    require((block_scales[i] != nullptr) == codes && reinterpret_cast<uintptr_t>(block_scales[i]) % 4 == 0,
+            "layer ", layer_index_, ", expert ", expert, ": the scales of the ", kNames[i],
+            codes ? " weights are null or not aligned to their 4-byte values"
+                  : " weights must be null, since only e4m3 weights have scales");
     require(reinterpret_cast<uintptr_t>(biases[i]) % 4 == 0, "layer ", layer_index_, ", expert ", expert,
             ": the ", kNames[i], " bias is not aligned to its 4-byte values");
   }
@@ -254,10 +264,13 @@ void ExpertStore::pack(int32_t expert, const ktk_expert_weights &weights) {
   present = 0;
 
   std::atomic<bool> finite{true};
-  const auto pack_panel = [&](const void *matrix, int64_t rows, int64_t row, int64_t columns,
-                              const Gemm &gemm, int64_t first_column, uint8_t *tiles, int64_t step_stride,
-                              uint8_t *scale, uint8_t *zero, int64_t group_stride) {
+  const auto pack_panel = [&](int which, int64_t rows, int64_t row, int64_t columns, const Gemm &gemm,
+                              int64_t first_column, uint8_t *tiles, int64_t step_stride, uint8_t *scale,
+                              uint8_t *zero, int64_t group_stride) {
     const void *pointers[kPanelColumns];
+    const void *matrix = matrices[which];
+    const float *scales = block_scales[which];
+    if (codes) scales += row / kScaleBlock * divide_up(columns, kScaleBlock);
     for (int n = 0; n < kPanelColumns; n++) {
       const int64_t index = row + n;
       pointers[n] = index < rows
@@ -273,7 +286,8 @@ void ExpertStore::pack(int32_t expert, const ktk_expert_weights &weights) {
                            step_stride,
                            scale,
                            zero,
-                           group_stride};
+                           group_stride,
+                           scales};
     if (kernels_.pack(&args) != 0) finite.store(false, std::memory_order_relaxed);
   };
 
@@ -292,14 +306,14 @@ void ExpertStore::pack(int32_t expert, const ktk_expert_weights &weights) {
         uint8_t *scale = slot(shard, expert, KTK_PART_GATE_UP_SCALE) +
                          (panel * scales + which * kPanelColumns) * scale_bytes(gemm);
         uint8_t *zero = slot(shard, expert, KTK_PART_GATE_UP_ZERO) + panel * scales + which * kPanelColumns;
-        pack_panel(matrices[which], intermediate_size_, shard.range.first + panel * kPanelColumns,
-                   hidden_size_, gemm, 0, tiles, 2 * tile, scale, zero, 2 * kPanelColumns);
+        pack_panel(which, intermediate_size_, shard.range.first + panel * kPanelColumns, hidden_size_, gemm,
+                   0, tiles, 2 * tile, scale, zero, 2 * kPanelColumns);
       }
     } else {
       const Gemm &gemm = shard.down;
       const int64_t q = panel - shard.panels;
       const int64_t scales = gemm.weight_groups * kPanelColumns;
-      pack_panel(matrices[2], hidden_size_, q * kPanelColumns, intermediate_size_, gemm, shard.range.first,
+      pack_panel(2, hidden_size_, q * kPanelColumns, intermediate_size_, gemm, shard.range.first,
                  slot(shard, expert, KTK_PART_DOWN_WEIGHT) + q * gemm.steps * tile, tile,
                  slot(shard, expert, KTK_PART_DOWN_SCALE) + q * scales * scale_bytes(gemm),
                  slot(shard, expert, KTK_PART_DOWN_ZERO) + q * scales, kPanelColumns);
@@ -307,7 +321,8 @@ void ExpertStore::pack(int32_t expert, const ktk_expert_weights &weights) {
   };
   run_section(pool_, {Stage::pack, layer_index_}, units.data(), unit);
   require(finite.load(), "layer ", layer_index_, ", expert ", expert,
-          ": the weights hold NaN or infinity; check the checkpoint");
+          ": the weights or their scales hold NaN or infinity, or values that bf16 cannot hold; check the "
+          "checkpoint");
   for (int i = 0; i < 3; i++) {
     const auto part = static_cast<ktk_part>(KTK_PART_GATE_BIAS + i);
     if (biases[i] != nullptr) import_part(expert, part, biases[i], part_bytes(part));

@@ -60,7 +60,7 @@ class ExpertStore {
 
   const FormatKernels &kernels_;
   WorkerPool &pool_;
-  int32_t layer_index_, num_experts_, hidden_size_, intermediate_size_;
+  int32_t layer_index_, format_, num_experts_, hidden_size_, intermediate_size_;
   Gemm gate_up_, down_;
   std::vector<Shard> shards_;
   std::vector<uint32_t> present_;  // [num_experts], a bit a part

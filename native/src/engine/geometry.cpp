@@ -14,7 +14,12 @@ Gemm make_gemm(const FormatKernels &kernels, int32_t depth, int32_t group_size, 
   gemm.halves = 1;
   gemm.segments_per_row_group = 1;
   gemm.row_group_shift = 31;
-  if (!kernels.integer) return gemm;
+  if (!kernels.integer) {
+    // Scales are part of the weights that the products see, and cut no sums.
+    gemm.group_columns = group_size;
+    gemm.weight_groups = group_size > 0 ? static_cast<int32_t>(divide_up(depth, group_size)) : 0;
+    return gemm;
+  }
 
   gemm.asymmetric = asymmetric;
   gemm.scale_is_bf16 = group_size > 0;

@@ -37,13 +37,15 @@ ktk_moe_config checked(const ktk_moe_config &config) {
   require(int64_t{config.max_tokens} * config.top_k <= INT32_MAX, "layer ", config.layer_index,
           ": max_tokens ", config.max_tokens, " times top_k ", config.top_k, " is beyond the limit of ",
           INT32_MAX);
-  require(config.format >= KTK_FORMAT_BF16 && config.format <= KTK_FORMAT_INT4, "layer ", config.layer_index,
-          ": format ", config.format, " is unknown; use 0 (bf16), 1 (int8) or 2 (int4)");
-  const bool integer = config.format != KTK_FORMAT_BF16;
+  require(is_format(config.format), "layer ", config.layer_index, ": format ", config.format,
+          " is unknown; use ", kFormatsText);
+  const bool integer = config.format == KTK_FORMAT_INT8 || config.format == KTK_FORMAT_INT4;
   const int32_t group = config.group_size;
-  require(group == 0 || (integer && (group == 32 || group == 64 || group == 128)), "layer ",
-          config.layer_index, ": group_size ", group,
-          " is not supported; int8 and int4 take 32, 64, 128 or 0 (one scale a row), bf16 takes 0");
+  require(integer ? group == 0 || group == 32 || group == 64 || group == 128
+                  : group == (config.format == KTK_FORMAT_FP8 ? kScaleBlock : 0),
+          "layer ", config.layer_index, ": group_size ", group,
+          " is not supported; int8 and int4 take 32, 64, 128 or 0 (one scale a row), fp8 takes 128, bf16 "
+          "takes 0");
   require(!config.asymmetric || (config.format == KTK_FORMAT_INT4 && group > 0), "layer ", config.layer_index,
           ": asymmetric needs format int4 with a group_size of 32, 64 or 128");
   require(config.swiglu_limit >= 0 && config.swiglu_alpha >= 0, "layer ", config.layer_index,

@@ -26,8 +26,7 @@ Probe::Probe(const ktk_probe_config &config, std::shared_ptr<PoolContext> contex
   require(kind_ >= KTK_PROBE_PRODUCT && kind_ <= KTK_PROBE_COPY, "probe kind ", kind_,
           " is unknown; use 0 (product), 1 (read) or 2 (copy)");
   if (kind_ == KTK_PROBE_PRODUCT) {
-    require(config.format >= KTK_FORMAT_BF16 && config.format <= KTK_FORMAT_INT4, "format ", config.format,
-            " is unknown; use 0 (bf16), 1 (int8) or 2 (int4)");
+    require(is_format(config.format), "format ", config.format, " is unknown; use ", kFormatsText);
     require(config.bytes == 0, "bytes is ", config.bytes, ", but a product probe reads no memory; use 0");
     for (const ProductLoop &loop : backend_.formats[config.format].products.loop) {
       if (loop.name != nullptr) variants_.push_back({loop.name, &loop, 0, 0, false, false});

@@ -41,6 +41,25 @@ void run_section(WorkerPool &pool, const SpanLabel &label, const int64_t *unit_c
       const_cast<void *>(static_cast<const void *>(&unit)), label);
 }
 
+// Runs unit(subpool, worker, index) for index in 0 .. units - 1, dealt over the subpools by their threads.
+template <typename Unit>
+void run_dealt(WorkerPool &pool, const SpanLabel &label, int64_t units, const Unit &unit) {
+  if (units == 0) return;
+  std::vector<int64_t> counts, first;
+  int64_t done = 0, threads = 0;
+  for (int subpool = 0; subpool < pool.subpools(); subpool++) {
+    threads += pool.threads(subpool);
+    const int64_t next = units * threads / pool.thread_count();
+    first.push_back(done);
+    counts.push_back(next - done);
+    done = next;
+  }
+  const auto shifted = [&](int subpool, int worker, int64_t index) {
+    unit(subpool, worker, first[static_cast<size_t>(subpool)] + index);
+  };
+  run_section(pool, label, counts.data(), shifted);
+}
+
 // Runs unit(index) for index in 0 .. units - 1 on all subpools, in proportion to their threads; on the
 // calling thread alone when there are at most `inline_units`.
 template <typename Unit>
@@ -52,19 +71,7 @@ void run_spread(WorkerPool &pool, const SpanLabel &label, int64_t units, int64_t
     for (int64_t index = 0; index < units; index++) unit(index);
     return;
   }
-  std::vector<int64_t> counts, first;
-  int64_t done = 0, threads = 0;
-  for (int subpool = 0; subpool < pool.subpools(); subpool++) {
-    threads += pool.threads(subpool);
-    const int64_t next = units * threads / pool.thread_count();
-    first.push_back(done);
-    counts.push_back(next - done);
-    done = next;
-  }
-  const auto shifted = [&](int subpool, int, int64_t index) {
-    unit(first[static_cast<size_t>(subpool)] + index);
-  };
-  run_section(pool, label, counts.data(), shifted);
+  run_dealt(pool, label, units, [&](int, int, int64_t index) { unit(index); });
 }
 
 }  // namespace ktk

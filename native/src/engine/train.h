@@ -3,6 +3,10 @@
 //   forward    the pipeline of Moe, with two products by the adapters' A and their B inside gate/up and down
 //   backward   dO by expert -> down transposed, activation -> gate/up transposed, summed by token
 //
+// The order of things is in train.cpp; sizes and memory of a run in train_run.cpp; the adapters' small
+// products, forward and back, in train_lora.cpp; the way back through the packed weights in
+// train_backward.cpp; gradients of adapters and weights in train_gradients.cpp.
+//
 // The packed weights of the forward serve the backward too: a unit of work turns the tiles that it needs into
 // bf16 tiles of the transposed projection, in its own scratch, and multiplies with those. Whatever is summed
 // over rows is summed by one unit in the order of the rows, so that no gradient depends on timing.
@@ -56,6 +60,8 @@ class Training {
 
   bool adapted() const { return config_.lora_rank > 0 && config_.skip_lora == 0; }
   void require_adapters() const;
+  // `count` for each shard that holds columns, else 0.
+  std::vector<int64_t> units_of_shards(int64_t count) const;
   void start(Run &run) const;
   void place(Run &run, bool measuring) const;
   void keep_input(Run &run) const;

@@ -9,6 +9,7 @@ struct Bf16 {
   static constexpr int kTileBytes = 1024;
   static constexpr bool kInteger = false;
   static constexpr bool kExpands = false;
+  static constexpr bool kScaledToBf16 = false;
   static constexpr int kZeroPoint = 0;
   static constexpr Multiply kMultiply = Multiply::bf16;
   // The smallest fp32 magnitude that has no finite bf16.

@@ -5,11 +5,14 @@
 //   kStepColumns     input columns of one 64-byte step of an activation row
 //   kTileBytes       bytes of one tile: 16 output rows by kStepColumns
 //   kInteger         int8 activations with scales, or bf16 ones without
+//   kScaledToBf16    weights that turn into a bf16 tile as they are read; kStepsOfScale steps share a scale
 //   kZeroPoint       integer formats: the stored value that means 0 (symmetric weights)
-//   step             adds one step of MR activation rows (64 bytes apart) times NT tiles
+//   step             adds one step of MR activation rows (64 bytes apart) times NT tiles; not where tiles
+//                    turn into bf16
 //   kExpands         whether a tile must be expanded to be a matrix-unit operand
-//   expand_tile      if so: into the given 1024 bytes
-//   pack             16 output rows into tiles, scales and zero points; 1 if a weight or a
+//   expand_tile      if so: into the given 1024 bytes, with the scales of the 16 rows where they are part of
+//   it columns          two columns of a tile in fp32, less the zero point and before the scale pack 16
+//   output rows into tiles, scales and zero points; 1 if a weight or a
 //                    scale is not finite
 //
 // docs/adding-a-format.md walks through one.

@@ -20,6 +20,7 @@ struct Int4 {
   static constexpr int kTileBytes = 512;
   static constexpr bool kInteger = true;
   static constexpr bool kExpands = true;
+  static constexpr bool kScaledToBf16 = false;
   static constexpr int kZeroPoint = 8;
   static constexpr Multiply kMultiply = Multiply::nibble;
 

@@ -12,6 +12,7 @@ struct Int8 {
   static constexpr int kTileBytes = 1024;
   static constexpr bool kInteger = true;
   static constexpr bool kExpands = false;
+  static constexpr bool kScaledToBf16 = false;
   static constexpr int kZeroPoint = 128;
   static constexpr Multiply kMultiply = Multiply::byte;
 

@@ -29,6 +29,7 @@ namespace {
 typedef KTK_ISA_OPS Ops;
 
 #include "formats/bf16.h"
+#include "formats/fp8.h"
 #include "formats/int4.h"
 #include "formats/int8.h"
 #include "kernels/rows.h"

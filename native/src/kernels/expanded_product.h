@@ -49,14 +49,15 @@ static void expanded_product(const Product &p, int first, int last, float *out) 
   const Gemm &gemm = *p.gemm;
   alignas(64) float weights[kExpandedSteps * 16 * 2 * NT * kPanelColumns];
   if (!p.accumulate) __builtin_memset(out, 0, (uint64_t)(last - first) * NT * kPanelColumns * sizeof(float));
-  for (int step0 = 0; step0 < gemm.steps; step0 += kExpandedSteps) {
-    const int steps = least(gemm.steps - step0, kExpandedSteps);
+  for (int step0 = p.first_step; step0 < p.last_step(); step0 += kExpandedSteps) {
+    const int steps = least(p.last_step() - step0, kExpandedSteps);
     float *to = weights;
     for (int s = 0; s < steps; s++) {
       for (int pair = 0; pair < 16; pair++) {
         for (int j = 0; j < NT; j++) {
-          const typename Ops::WB split = Ops::split_bf16(p.tiles + j * p.tile_stride_bytes +
-                                                         (step0 + s) * p.step_stride_bytes + pair * 64);
+          const typename Ops::WB split =
+              Ops::split_bf16(p.tiles + j * p.tile_stride_bytes +
+                              (step0 - p.first_step + s) * p.step_stride_bytes + pair * 64);
           Ops::store_f(to + j * kPanelColumns, split.even);
           Ops::store_f(to + (NT + j) * kPanelColumns, split.odd);
         }

@@ -32,6 +32,68 @@ KTK_INLINE int pass_rows(const Gemm &gemm, bool tiles, int rows) {
   return fitting < 2 * kGroupRows ? 2 * kGroupRows : least(fitting, kPassRows);
 }
 
+// Whether products of so many rows turn each weight into something else first, for all of them.
+template <class Ops, class Format>
+KTK_INLINE bool expands_weights(int rows) {
+  if constexpr (Format::kScaledToBf16) return true;
+  if constexpr (!Format::kInteger && Ops::kExpandedRows > 0) return rows >= Ops::kExpandedLeast;
+  return false;
+}
+
+template <class Ops, class Format>
+static void scaled_pair(const Product &p, int count, int first, int last, float *out);
+
+// Rows [first, last), which begin a block, times the pair of tiles that `p` begins with, or times the first
+// alone where `count` is 1; out [last - first][count][16].
+template <class Ops, class Format>
+KTK_INLINE void pair_product(const Product &p, int count, int first, int last, float *out) {
+  if constexpr (Format::kScaledToBf16) {
+    scaled_pair<Ops, Format>(p, count, first, last, out);
+    return;
+  } else {
+    if constexpr (!Format::kInteger && Ops::kExpandedRows > 0) {
+      if (expands_weights<Ops, Format>(last - first)) {
+        if (count == 2) {
+          expanded_product<Ops, 2>(p, first, last, out);
+        } else {
+          expanded_product<Ops, 1>(p, first, last, out);
+        }
+        return;
+      }
+    }
+    for (int row = first; row < last; row += kBlockRows) {
+      const int stop = least(row + kBlockRows, last);
+      float *sums = out + (row - first) * count * kPanelColumns;
+      if (count == 2) {
+        vector_pair<Ops, Format>(p, row, stop, sums);
+      } else {
+        vector_product<Ops, Format, 1, Ops::kTallMaxRows>(p, row, stop, sums, kPanelColumns);
+      }
+    }
+  }
+}
+
+// A pair of tiles that turn into bf16 ones, a few steps at a time.
+template <class Ops, class Format>
+static void scaled_pair(const Product &p, int count, int first, int last, float *out) {
+  constexpr int kSteps = Format::kStepsOfScale;
+  alignas(64) uint8_t expanded[2][kSteps][Bf16::kTileBytes];
+  Product part = p;
+  part.tiles = expanded[0][0];
+  part.tile_stride_bytes = kSteps * Bf16::kTileBytes;
+  part.step_stride_bytes = Bf16::kTileBytes;
+  for (int step0 = 0; step0 < p.gemm->steps; step0 += kSteps) {
+    part.first_step = step0;
+    part.step_stop = step0 + kSteps;
+    part.accumulate = p.accumulate || step0 > 0;
+    for (int j = 0; j < count; j++) {
+      for (int step = step0; step < part.last_step(); step++)
+        expand_tile<Ops, Format>(p, step, j, expanded[j][step - step0]);
+    }
+    pair_product<Ops, Bf16>(part, count, first, last, out);
+  }
+}
+
 // Tiles [0, tile_count) of a product, and of `lora` on top of it unless that is null, some at a time: calls
 // use(first of them, how many, row, sums, stride) for each row of [first, last), which begins a block; 16
 // sums of one tile lie together, `stride` floats from those of the next. `scratch`: kSumFloats.
@@ -67,40 +129,11 @@ KTK_INLINE void product(const Product &p, bool tiles, int tile_count, int first,
   for (int tile = 0; tile < tile_count; tile += 2) {
     const Product pair = p.from_tile(tile);
     const int count = least(tile_count - tile, 2);
-    if constexpr (!Format::kInteger && Ops::kExpandedRows > 0) {
-      if (last - first >= Ops::kExpandedLeast) {
-        const auto run = [&](const Product &summand) {
-          if (count == 2) {
-            expanded_product<Ops, 2>(summand, first, last, scratch);
-          } else {
-            expanded_product<Ops, 1>(summand, first, last, scratch);
-          }
-        };
-        run(pair);
-        if (lora != nullptr) run(lora->from_tile(tile));
-        for (int row = first; row < last; row++)
-          use(tile, count, row, scratch + (row - first) * count * kPanelColumns, kPanelColumns);
-        continue;
-      }
-    }
-    for (int group = first; group < last; group += kGroupRows) {
-      const int stop = least(group + kGroupRows, last);
-      for (int row = group; row < stop; row += kBlockRows) {
-        const int row_stop = least(row + kBlockRows, stop);
-        float *out = scratch + (row - group) * count * kPanelColumns;
-        if (count == 2) {
-          vector_pair<Ops, Format>(pair, row, row_stop, out);
-        } else {
-          vector_product<Ops, Format, 1, Ops::kTallMaxRows>(pair, row, row_stop, out, kPanelColumns);
-        }
-        if (lora == nullptr) continue;
-        const Product added = lora->from_tile(tile);
-        if (count == 2) {
-          vector_pair<Ops, Bf16>(added, row, row_stop, out);
-        } else {
-          vector_product<Ops, Bf16, 1, Ops::kTallMaxRows>(added, row, row_stop, out, kPanelColumns);
-        }
-      }
+    const int rows = expands_weights<Ops, Format>(last - first) ? last - first : kGroupRows;
+    for (int group = first; group < last; group += rows) {
+      const int stop = least(group + rows, last);
+      pair_product<Ops, Format>(pair, count, group, stop, scratch);
+      if (lora != nullptr) pair_product<Ops, Bf16>(lora->from_tile(tile), count, group, stop, scratch);
       for (int row = group; row < stop; row++)
         use(tile, count, row, scratch + (row - group) * count * kPanelColumns, kPanelColumns);
     }

@@ -34,6 +34,10 @@ struct Product {
   Rows rows;
   int32_t row_count;
   bool accumulate = false;  // adds to what the output holds
+  // Steps of K, to which `tiles` belongs; by default all.
+  int32_t first_step = 0, step_stop = INT32_MAX;
+
+  KTK_MEMBER int32_t last_step() const { return least(step_stop, gemm->steps); }
 
   KTK_MEMBER int64_t tile_offset_bytes(int j) const {
     return j / 2 * pair_stride_bytes + j % 2 * tile_stride_bytes;
@@ -154,15 +158,27 @@ static void float_rows(const Product &p, const RowAddress address, float *out, i
     for (int j = 0; j < NT; j++)
       sum[r][j] = p.accumulate ? Ops::load_f(out + r * out_stride + j * kPanelColumns) : Ops::zero_f();
   }
-  const uint8_t *rows = address.data;
+  const uint8_t *rows = address.data + p.first_step * address.step_stride_bytes;
   const uint8_t *tiles = p.tiles;
-  for (int step = 0; step < p.gemm->steps; step++) {
+  for (int step = p.first_step; step < p.last_step(); step++) {
     Format::template step<Ops, NT, MR>(sum, rows, tiles, p.tile_stride_bytes);
     rows += address.step_stride_bytes;
     tiles += p.step_stride_bytes;
   }
   for (int r = 0; r < MR; r++) {
     for (int j = 0; j < NT; j++) Ops::store_f(out + r * out_stride + j * kPanelColumns, sum[r][j]);
+  }
+}
+
+// Expands tile j of a step to the operand of integer or bf16 products, 1024 bytes.
+template <class Ops, class Format>
+KTK_INLINE void expand_tile(const Product &p, int step, int j, uint8_t *operand) {
+  const uint8_t *tile = p.tiles + (int64_t)step * p.step_stride_bytes + p.tile_offset_bytes(j);
+  if constexpr (Format::kScaledToBf16) {
+    const int group = step / Format::kStepsOfScale;
+    Format::template expand_tile<Ops>(tile, segment_scale<Ops>(p, group, j).scale, operand);
+  } else {
+    Format::template expand_tile<Ops>(tile, operand);
   }
 }
 

@@ -370,11 +370,8 @@ static void tile_product(const Product &p, int tile_count, int first, int last, 
       const bool last_of_k = step0 + block_steps >= gemm.steps;
       if constexpr (Format::kExpands) {
         for (int tile = 0; tile < tile_count; tile++) {
-          for (int s = 0; s < k.count; s++) {
-            Format::template expand_tile<Ops>(
-                p.tiles + p.tile_offset_bytes(tile) + (step0 + s) * p.step_stride_bytes,
-                state.expanded[tile * kTileBlockSteps + s]);
-          }
+          for (int s = 0; s < k.count; s++)
+            expand_tile<Ops, Format>(p, step0 + s, tile, state.expanded[tile * kTileBlockSteps + s]);
         }
         KTK_TILE_FENCE();
       }

@@ -212,6 +212,12 @@ static void expand(const ExpandArgs *args) {
         const int piece = column / 32 % kPieces;
         alignas(64) uint8_t words[1024];
         const uint8_t *pairs = tile;
+        if constexpr (Format::kScaledToBf16) {
+          const int64_t group = (int64_t)panel * gemm.weight_groups + column / kScaleBlock;
+          const int64_t at = group * group_scales + which * kPanelColumns;
+          Format::template expand_tile<Ops>(tile, Ops::load_f((const float *)args->scale + at), words);
+          pairs = words;
+        }
         if constexpr (Format::kInteger) {
           typename Ops::I zero = Ops::set1_i(Format::kZeroPoint * 16);
           typename Ops::F scale = Ops::set1_f(1.0f);
@@ -250,7 +256,7 @@ static void unpack(const UnpackArgs *args) {
       if (column >= gemm.depth) break;
       typename Ops::I zero = Ops::set1_i(Format::kZeroPoint * 16);
       typename Ops::F scale = Ops::set1_f(1.0f);
-      if (Format::kInteger) {
+      if (Format::kInteger || Format::kScaledToBf16) {
         const int64_t group = gemm.weight_groups > 1 ? column / gemm.group_columns : 0;
         const int64_t at = (group * projections + args->which) * kPanelColumns;
         scale = gemm.scale_is_bf16 ? Ops::load_bf16((const uint16_t *)args->scale + at)
@@ -261,7 +267,9 @@ static void unpack(const UnpackArgs *args) {
       Format::template columns<Ops>(tile, pair, zero, &values[0], &values[1]);
       for (int i = 0; i < 2 && column + i < gemm.depth; i++) {
         float lanes[16];
-        Ops::store_f(lanes, Format::kInteger ? Ops::mul(values[i], scale) : values[i]);
+        typename Ops::F value = values[i];
+        if (Format::kInteger || Format::kScaledToBf16) value = Ops::mul(value, scale);
+        Ops::store_f(lanes, Format::kScaledToBf16 ? rounded_to_bf16<Ops>(value) : value);
         for (int n = 0; n < kPanelColumns; n++) {
           if (args->rows[n] != nullptr) args->rows[n][column + i] = lanes[n];
         }

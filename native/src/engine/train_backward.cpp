@@ -1,0 +1,304 @@
+#include "engine/train_run.h"
+
+namespace ktk {
+namespace {
+
+// In 8 sums, whatever the compiler makes of them.
+float dot_bf16(const uint8_t *row, const float *other, int64_t count) {
+  float sums[8] = {};
+  for (int64_t i = 0; i < count; i++) {
+    uint16_t half;
+    std::memcpy(&half, row + 2 * i, 2);
+    const uint32_t bits = uint32_t{half} << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    sums[i % 8] += value * other[i];
+  }
+  float sum = 0.0f;
+  for (const float each : sums) sum += each;
+  return sum;
+}
+
+// Where the scales of an expert's down rows are, if they go with the gradient; they are the same in every
+// shard.
+const float *row_scales(const ExpertStore &store, const FormatKernels &kernels, int shard, int32_t expert,
+                        ktk_part scale, const Gemm &gemm) {
+  if (!kernels.integer || gemm.scale_is_bf16) return nullptr;
+  return reinterpret_cast<const float *>(store.part(shard, expert, scale));
+}
+
+}  // namespace
+
+// dO, a row for each row of an expert, times the scales of down's output rows where a row has one.
+void Training::gather_grad(Run &run) const {
+  const ktk_moe_config &config = moe_.config();
+  const TrainKernels &kernels = moe_.backend().train;
+  const int64_t hidden = config.hidden_size;
+  std::fill_n(run.ones, run.rows, 1.0f);
+  const auto unit = [&](int s, int index, int64_t which) {
+    const Run::Chunk chunk = run.chunks[static_cast<size_t>(which)];
+    const Route::Expert &expert = run.expert(chunk.expert);
+    Source source = matrix(run.args->grad_output, run.args->grad_output_dtype, hidden, hidden);
+    source.rows = run.route.tokens.data() + expert.first + chunk.first;
+    const LoadRowsArgs load = {source,
+                               &run.hidden,
+                               expert.rows,
+                               chunk.first,
+                               chunk.first + chunk.rows,
+                               1.0f,
+                               nullptr,
+                               row_scales(moe_.store(), moe_.kernels_, 0, expert.id, KTK_PART_DOWN_SCALE,
+                                          moe_.store().shard(0).down),
+                               run.grad_rows + int64_t{expert.first} * run.hidden.steps * kStepBytes};
+    kernels.load_rows(&load);
+    const float *bias = moe_.store().bias(0, expert.id, KTK_PART_DOWN_BIAS);
+    for (int32_t row = chunk.first; row < chunk.first + chunk.rows; row++) {
+      float &product = run.bias_products[expert.first + row];
+      product = 0.0f;
+      if (bias == nullptr) continue;
+      uint8_t *values = run.worker(s, index).operand;  // a single row lies in one piece
+      source.rows = run.route.tokens.data() + expert.first + row;
+      const LoadRowsArgs single = {source, &run.hidden, 1, 0, 1, 1.0f, nullptr, nullptr, values};
+      kernels.load_rows(&single);
+      product = dot_bf16(values, bias, hidden);
+    }
+  };
+  run_dealt(moe_.context_->pool, {Stage::grad_input, config.layer_index},
+            static_cast<int64_t>(run.chunks.size()), unit);
+}
+
+// Gradient of the intermediate, not yet weighted; its product with the intermediate; gradients of gate and
+// up.
+void Training::grad_down(Run &run) const {
+  const double share = config_.lora_dropout;
+  const ktk_moe_config &config = moe_.config();
+  const TrainKernels &kernels = moe_.backend().train;
+  std::vector<int64_t> units;
+  for (const Run::Shard &part : run.shards) units.push_back(part.units * run.experts());
+  const auto unit = [&](int s, int index, int64_t which) {
+    const ExpertStore::Shard &shard = moe_.store().shard(s);
+    const Run::Shard &part = run.shards[static_cast<size_t>(s)];
+    const Run::Worker worker = run.worker(s, index);
+    const auto e = static_cast<int32_t>(which / part.units);
+    const Route::Expert &expert = run.expert(e);
+    const auto column = static_cast<int32_t>(which % part.units * run.unit_columns);
+    const int32_t columns = std::min(run.unit_columns, shard.columns() - column);
+    const auto panels = static_cast<int32_t>(divide_up(columns, kPanelColumns));
+    const Weights weights = weights_of(moe_.store(), s, expert.id, KTK_PART_DOWN_WEIGHT);
+    const ExpandArgs expand = {&shard.down,
+                               weights.tiles,
+                               weights.scale,
+                               weights.zero,
+                               static_cast<int32_t>(divide_up(config.hidden_size, kPanelColumns)),
+                               1,
+                               column,
+                               columns,
+                               worker.tiles};
+    moe_.kernels_.expand(&expand);
+    const float *scale =
+        row_scales(moe_.store(), moe_.kernels_, s, expert.id, KTK_PART_GATE_UP_SCALE, shard.gate_up);
+    const int64_t stride = run.unit_columns;
+    const int64_t gate_up_row = int64_t{part.gate_up_gemm.steps} * kStepBytes;
+    LoraProduct lora{};
+    const uint8_t *lora_tiles = nullptr;
+    if (run.adapted) {
+      const Gemm &rank = run.extra.down_rank;
+      lora_tiles =
+          part.down_a_back + (e * shard.panels + column / kPanelColumns) * int64_t{rank.steps} * kTileBytes;
+      lora = {&rank, run.grad_down_input + int64_t{expert.first} * rank.steps * kStepBytes, lora_tiles};
+    }
+    for (int32_t first = 0; first < expert.rows; first += kPassRows) {
+      const int32_t last = std::min(first + kPassRows, expert.rows);
+      const MultiplyArgs multiply = {&run.hidden,
+                                     run.grad_rows + int64_t{expert.first} * run.hidden.steps * kStepBytes,
+                                     expert.rows,
+                                     first,
+                                     last,
+                                     worker.tiles,
+                                     panels,
+                                     run.adapted && !run.dropout ? &lora : nullptr,
+                                     0,
+                                     config.strict,
+                                     worker.out,
+                                     stride,
+                                     worker.product};
+      kernels.multiply(&multiply);
+      if (run.dropout) {
+        const MultiplyArgs apart = {lora.gemm,   lora.rows, expert.rows,   first, last,
+                                    lora_tiles,  panels,    nullptr,       0,     config.strict,
+                                    worker.out2, stride,    worker.product};
+        kernels.multiply(&apart);
+        const AddDroppedArgs add = {worker.out2,
+                                    stride,
+                                    first,
+                                    last,
+                                    shard.range.first + column,
+                                    panels * kPanelColumns,
+                                    run.route.tokens.data() + expert.first,
+                                    run.dropped(share, expert.id, kDown),
+                                    nullptr,
+                                    worker.out,
+                                    stride};
+        kernels.add_dropped(&add);
+      }
+      const int64_t z_row = int64_t{part.z_gemm.steps} * kStepBytes;
+      const ActivationBackwardArgs activation = {
+          expert.rows,
+          first,
+          last,
+          column,
+          columns,
+          worker.out,
+          stride,
+          part.saved + int64_t{expert.first} * 2 * shard.columns(),
+          int64_t{2} * shard.columns(),
+          shard.columns(),
+          run.route.weights.data() + expert.first,
+          config.swiglu_limit,
+          config.swiglu_alpha,
+          &part.gate_up_gemm,
+          part.gate_up + expert.first * gate_up_row,
+          scale,
+          scale != nullptr ? scale + kPanelColumns : nullptr,
+          part.plain != nullptr ? part.plain + expert.first * gate_up_row : nullptr,
+          &part.z_gemm,
+          part.z != nullptr ? part.z + expert.first * z_row : nullptr,
+          part.products + which % part.units * run.rows + expert.first};
+      kernels.activation_backward(&activation);
+    }
+  };
+  run_section(moe_.context_->pool, {Stage::grad_down, config.layer_index}, units.data(), unit);
+}
+
+// The product with down's bias, and sums over the units of each row, in the order of the shards and of their
+// columns.
+void Training::grad_expert_weights(Run &run) const {
+  if (run.args->grad_expert_weights == nullptr) return;
+  for (int64_t row = 0; row < run.rows; row++) {
+    float sum = run.bias_products[row];
+    for (const Run::Shard &part : run.shards) {
+      for (int64_t unit = 0; unit < part.units; unit++) sum += part.products[unit * run.rows + row];
+    }
+    run.args->grad_expert_weights[run.route.slots[static_cast<size_t>(row)]] = sum;
+  }
+}
+
+// Gradient of the input: for each run of columns all experts, summed by token in fp32.
+void Training::grad_gate_up(Run &run) const {
+  const double share = config_.lora_dropout;
+  const ktk_moe_config &config = moe_.config();
+  const TrainKernels &kernels = moe_.backend().train;
+  const FormatKernels &bf16 = moe_.backend().formats[KTK_FORMAT_BF16];
+  const int64_t hidden = config.hidden_size, padded = align_up(hidden, kPanelColumns);
+  const int64_t hidden_panels = padded / kPanelColumns;
+  const int64_t runs = divide_up(hidden, run.token_columns);
+  const std::vector<int64_t> units = units_of_shards(runs);
+  const auto unit = [&](int s, int index, int64_t which) {
+    const ExpertStore::Shard &shard = moe_.store().shard(s);
+    const Run::Shard &part = run.shards[static_cast<size_t>(s)];
+    const Run::Worker worker = run.worker(s, index);
+    const auto column = static_cast<int32_t>(which * run.token_columns);
+    const auto columns = static_cast<int32_t>(std::min<int64_t>(run.token_columns, hidden - column));
+    const auto panels = static_cast<int32_t>(divide_up(columns, kPanelColumns));
+    const int64_t width = int64_t{panels} * kPanelColumns;
+    std::memset(worker.sum, 0, static_cast<size_t>(run.tokens * width) * sizeof(float));
+    for (int64_t e = 0; e < run.experts(); e++) {
+      const Route::Expert &expert = run.expert(static_cast<int32_t>(e));
+      const Weights weights = weights_of(moe_.store(), s, expert.id, KTK_PART_GATE_UP_WEIGHT);
+      const ExpandArgs expand = {
+          &shard.gate_up, weights.tiles, weights.scale, weights.zero, static_cast<int32_t>(shard.panels), 2,
+          column,         columns,       worker.tiles};
+      moe_.kernels_.expand(&expand);
+      const Gemm &rank = run.extra.gate_up_rank;
+      LoraProduct lora{};
+      const bool adapted = run.adapted && s == 0;
+      if (adapted) {
+        lora = {&rank, run.grad_gate_up_input[0] + int64_t{expert.first} * rank.steps * kStepBytes,
+                run.gate_up_a_back + (e * hidden_panels + column / kPanelColumns) * rank.steps * kTileBytes};
+      }
+      const DownArgs down = {
+          &part.gate_up_gemm,
+          {worker.tiles, nullptr, nullptr},
+          nullptr,
+          {part.gate_up + int64_t{expert.first} * part.gate_up_gemm.steps * kStepBytes, nullptr, nullptr},
+          run.route.tokens.data() + expert.first,
+          run.ones + expert.first,
+          expert.rows,
+          config.hidden_size,
+          0,
+          panels,
+          config.strict,
+          worker.product,
+          worker.sum,
+          adapted && !run.dropout ? &lora : nullptr};
+      bf16.down(&down);
+      if (!adapted || !run.dropout) continue;
+      for (const Projection projection : {kGate, kUp}) {
+        uint8_t *rows = run.grad_gate_up_input[projection] + int64_t{expert.first} * rank.steps * kStepBytes;
+        for (int32_t first = 0; first < expert.rows; first += kPassRows) {
+          const int32_t last = std::min(first + kPassRows, expert.rows);
+          const MultiplyArgs multiply = {&rank,      rows,   expert.rows,   first, last,
+                                         lora.tiles, panels, nullptr,       0,     config.strict,
+                                         worker.out, width,  worker.product};
+          kernels.multiply(&multiply);
+          const AddDroppedArgs add = {worker.out,
+                                      width,
+                                      first,
+                                      last,
+                                      column,
+                                      static_cast<int32_t>(width),
+                                      run.route.tokens.data() + expert.first,
+                                      run.dropped(share, expert.id, projection),
+                                      run.route.tokens.data() + expert.first,
+                                      worker.sum,
+                                      width};
+          kernels.add_dropped(&add);
+        }
+      }
+    }
+    if (part.partial != nullptr) {
+      for (int64_t t = 0; t < run.tokens; t++) {
+        std::memcpy(part.partial + t * padded + column, worker.sum + t * width,
+                    static_cast<size_t>(width) * sizeof(float));
+      }
+      return;
+    }
+    const float *parts[] = {worker.sum};
+    const FinishArgs finish = {parts,
+                               1,
+                               width,
+                               0,
+                               static_cast<int32_t>(run.tokens),
+                               column,
+                               column + columns,
+                               hidden,
+                               run.args->grad_input,
+                               run.args->grad_input_dtype,
+                               0};
+    moe_.backend().finish(&finish);
+  };
+  run_section(moe_.context_->pool, {Stage::grad_gate_up, config.layer_index}, units.data(), unit);
+  std::vector<const float *> parts;
+  for (const Run::Shard &part : run.shards) {
+    if (part.partial != nullptr) parts.push_back(part.partial);
+  }
+  if (parts.empty()) return;
+  run_spread(moe_.context_->pool, {Stage::grad_merge, config.layer_index},
+             divide_up(run.tokens, kTokensOfUnit), 0, [&](int64_t which) {
+               const int64_t first = which * kTokensOfUnit;
+               const FinishArgs finish = {parts.data(),
+                                          static_cast<int32_t>(parts.size()),
+                                          padded,
+                                          static_cast<int32_t>(first),
+                                          static_cast<int32_t>(std::min(first + kTokensOfUnit, run.tokens)),
+                                          0,
+                                          config.hidden_size,
+                                          hidden,
+                                          run.args->grad_input,
+                                          run.args->grad_input_dtype,
+                                          0};
+               moe_.backend().finish(&finish);
+             });
+}
+
+}  // namespace ktk

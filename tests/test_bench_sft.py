@@ -1,0 +1,57 @@
+"""The benchmark of fine-tuning runs to its end and reports what it says. No speed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import ROOT
+
+SCRIPT = ROOT / "tests" / "bench" / "sft.py"
+
+
+def run(folder: Path, *arguments: str) -> str:
+    """Run it away from the source tree, as against an installed ktk."""
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--quick", "--threads", "1", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path != str(ROOT))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_report(tmp_path: Path) -> None:
+    report: dict[str, Any] = json.loads(run(tmp_path, "--json", "--eager", "--output", "sft.json"))
+    assert report == json.loads((tmp_path / "sft.json").read_text())
+    assert report["schema"] == "ktk-bench-sft-1"
+    assert [(cell["format"], cell["rank"]) for cell in report["cells"]] == [
+        (form, rank) for form in ("bf16", "int8-g128", "fp8") for rank in (0, 8)
+    ]
+    for cell in report["cells"]:
+        for name in ("fraction", "forward_fraction", "backward_fraction", "forward_ms", "gops"):
+            assert 0 < cell[name]["min"] <= cell[name]["median"] <= cell[name]["max"], name
+        assert cell["saved_bytes"] <= 2 * 64 * 256 + 4 * 64 * 2 * 192
+        assert (cell["stages"] > 0) == (cell["rank"] > 0)
+        assert cell["eager_ms"] > 0
+
+
+def test_table(tmp_path: Path) -> None:
+    head, line, *rows = run(tmp_path, "--recompute").splitlines()
+    assert head.startswith("layer") and set(line) == {"-"} and len(rows) == 6
+    assert rows[0].startswith("256x192x8x2 bf16") and "%" in rows[0]
+
+
+@pytest.mark.parametrize("wrong", [("--ranks", "8,x"), ("--ranks", "512"), ("--policy", "x")])
+def test_bad_arguments(wrong: tuple[str, str]) -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT), *wrong], capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "Traceback" not in done.stderr.splitlines()[-1]
