@@ -183,11 +183,10 @@ def test_a_rank_that_dies_takes_the_others_down(outcome: Outcome) -> None:
 
 def test_accelerator_under_torchrun(tmp_path: Path) -> None:
     """``accelerate launch`` itself starts several processes on GPUs only, or through MPI."""
-    path = os.pathsep.join([str(Path(ktk.__file__).parent.parent), str(TESTS)])
     launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [sys.executable, "-m", *launch, str(TESTS / "sft" / "launched.py"), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env={**os.environ, "PYTHONPATH": python_path(TESTS), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         cwd=tmp_path,
         capture_output=True,
         text=True,

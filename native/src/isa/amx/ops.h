@@ -20,8 +20,10 @@ struct AmxOps : AmxVectorOps {
   static constexpr uint32_t kNeeds = AmxVectorOps::kNeeds | kNeedsAmxTile | kNeedsAmxInt8 | kNeedsAmxBf16 |
                                      kNeedsOsTiles | kNeedsTilePalette | kNeedsTilePermission;
 #endif
-  // Weights that are tiles as they lie in memory stream through tiles faster than through vectors as soon as a
-  // few rows share them; what must be expanded first pays off later. docs/benchmarks/log.md.
+  // Weights that are tiles as they lie in memory stream through tiles faster than through vectors as soon as
+  // a few rows share them; what must be expanded first pays off later. docs/benchmarks/log.md.
   template <class Format>
-  static constexpr int32_t kTileRows = Format::kExpands ? 8 : Format::kInteger ? 3 : 2;
+  static constexpr int32_t kTileRows = Format::kExpands   ? 8
+                                       : Format::kInteger ? 3
+                                                          : 2;
 };
