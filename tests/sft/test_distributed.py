@@ -186,7 +186,12 @@ def test_accelerator_under_torchrun(tmp_path: Path) -> None:
     launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
         [sys.executable, "-m", *launch, str(TESTS / "sft" / "launched.py"), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": python_path(TESTS), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env={
+            **os.environ,
+            "PYTHONPATH": python_path(TESTS),
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "true",
+        },
         cwd=tmp_path,
         capture_output=True,
         text=True,
