@@ -10,10 +10,10 @@
 //   step             adds one step of MR activation rows (64 bytes apart) times NT tiles; not where tiles
 //                    turn into bf16
 //   kExpands         whether a tile must be expanded to be a matrix-unit operand
-//   expand_tile      if so: into the given 1024 bytes, with the scales of the 16 rows where they are part of
-//   it columns          two columns of a tile in fp32, less the zero point and before the scale pack 16
-//   output rows into tiles, scales and zero points; 1 if a weight or a
-//                    scale is not finite
+//   expand_tile      if so: into the given 1024 bytes, with the scales of its 16 rows if kScaledToBf16
+//   columns          two columns of a tile in fp32, less the zero point and before the scale
+//   pack             16 output rows into tiles, scales and zero points; 1 if a weight or a scale is not
+//                    finite
 //
 // docs/adding-a-format.md walks through one.
 #pragma once
