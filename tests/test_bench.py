@@ -76,7 +76,7 @@ def test_probes_cover_subpools() -> None:
     [
         ({"kind": 3}, "probe kind 3 is unknown"),
         ({"kind": -1}, "probe kind -1"),
-        ({"kind": 0, "format": 3}, "format 3 is unknown"),
+        ({"kind": 0, "format": 4}, "format 4 is unknown"),
         ({"kind": 0, "bytes": 64}, "bytes is 64"),
         ({"kind": 1, "bytes": 0}, "bytes must be positive"),
         ({"kind": 2, "bytes": 2**63}, "bytes must be positive"),

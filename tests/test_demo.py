@@ -69,13 +69,13 @@ def test_demo_tells_a_story_and_compares_the_formats(capsys: pytest.CaptureFixtu
     assert main([*arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     rows = {row["experts"]: row for row in report["rows"]}
-    assert list(rows) == ["eager", "bf16", "int8", "int4"]
+    assert list(rows) == ["eager", "bf16", "int8", "int4", "fp8"]
     sizes = [rows[form]["packed_bytes"] for form in ("bf16", "int8", "int4")]
     assert sizes[0] > 1.8 * sizes[1] > 2.8 * sizes[2]
     assert rows["eager"]["largest_logit_difference"] is None
     medians = [rows[form]["median_logit_difference"] for form in ("bf16", "int8", "int4")]
     assert medians == sorted(medians)
-    for form, most in (("bf16", 0.002), ("int8", 0.01), ("int4", 0.04)):
+    for form, most in (("bf16", 0.002), ("int8", 0.01), ("int4", 0.04), ("fp8", 0.02)):
         assert rows[form]["perplexity"] == pytest.approx(rows["eager"]["perplexity"], rel=most)
         assert rows[form]["decode_tokens_per_s"] > 0 and rows[form]["prefill_tokens_per_s"] > 0
     assert len(report["text"].encode()) == 40

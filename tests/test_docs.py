@@ -174,10 +174,14 @@ def check_pip(arguments: list[str]) -> None:
     assert arguments[0] == "install" and arguments[-1].startswith(".")
 
 
-def check_peers(arguments: list[str]) -> None:
+def check_script(path: str) -> Callable[[list[str]], None]:
     """The script knows the options."""
-    known = (ROOT / "tests" / "bench" / "peers.py").read_text(encoding="utf-8")
-    assert all(f'"{argument}"' in known for argument in arguments if argument.startswith("--"))
+
+    def check(arguments: list[str]) -> None:
+        known = (ROOT / path).read_text(encoding="utf-8")
+        assert all(f'"{argument}"' in known for argument in arguments if argument.startswith("--"))
+
+    return check
 
 
 def check_nothing(arguments: list[str]) -> None:
@@ -195,7 +199,8 @@ NOT_RUN: dict[tuple[str, ...], Callable[[list[str]], None]] = {
     ("ktk", "run", "path/to/checkpoint"): check_ktk,
     # The long ones; tests of their own run small ones.
     ("ktk", "bench"): check_ktk,
-    ("python", "tests/bench/peers.py"): check_peers,
+    ("python", "tests/bench/peers.py"): check_script("tests/bench/peers.py"),
+    ("python", "tests/bench/sft.py"): check_script("tests/bench/sft.py"),
     # A test of its own runs the demo.
     ("ktk", "demo"): check_ktk,
 }

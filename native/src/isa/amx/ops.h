@@ -20,10 +20,11 @@ struct AmxOps : AmxVectorOps {
   static constexpr uint32_t kNeeds = AmxVectorOps::kNeeds | kNeedsAmxTile | kNeedsAmxInt8 | kNeedsAmxBf16 |
                                      kNeedsOsTiles | kNeedsTilePalette | kNeedsTilePermission;
 #endif
-  // Weights that are tiles as they lie in memory stream through tiles faster than through vectors as soon as
-  // a few rows share them; what must be expanded first pays off later. docs/benchmarks/log.md.
+  // Weights stream through tiles faster than through vectors as soon as a few rows share them; int4, which
+  // must be expanded and whose sums leave the tiles for every group, needs more. fp8 goes with bf16, whose
+  // bits it has. docs/benchmarks/log.md.
   template <class Format>
-  static constexpr int32_t kTileRows = Format::kExpands   ? 8
-                                       : Format::kInteger ? 3
-                                                          : 2;
+  static constexpr int32_t kTileRows = !Format::kInteger  ? 2
+                                       : Format::kExpands ? 8
+                                                          : 3;
 };
