@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -203,13 +204,16 @@ def test_an_error_in_a_task() -> None:
     expected = wrapper.experts(*inputs)
     stream = torch.cuda.current_stream().cuda_stream
 
+    submitted = threading.Event()
+
     def fail() -> None:
+        assert submitted.wait(60)
         raise ZeroDivisionError("in a task")
 
     # The failure happens once the host is past the first forward.
-    torch.cuda._sleep(500_000_000)
     wrapper.cpu_infer.submit_with_cuda_stream(stream, fail)
     wrapper.forward(*device, stream)
+    submitted.set()
     torch.cuda.synchronize()
     with pytest.raises(ZeroDivisionError, match="in a task"):
         wrapper.forward(*device, stream)

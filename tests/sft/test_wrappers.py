@@ -417,7 +417,8 @@ def test_ephemeral_files_are_used_up(tmp_path: Path) -> None:
     again = load_kt_model(model_name_or_path=source, kt_plugin={**settings, "weight_lifecycle": "ephemeral"})
     # Layer 0 was loaded from its file, layer 1 packed from the checkpoint, and neither left one.
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
-    assert torch.equal(first(**batch()).logits, again(**batch()).logits)
+    data = batch(device=first.device)
+    assert torch.equal(first(**data).logits, again(**data).logits)
 
 
 def test_ephemeral_files_of_a_model_in_memory(tmp_path: Path) -> None:
