@@ -301,7 +301,7 @@ def test_changes_of_the_tree_apply_and_compile(page: Path, tmp_path: Path) -> No
     targets.append("native/libktk.so.p/src_core_cpu.cpp.o")
     build = tmp_path / "build"
     for command in (
-        [meson, "setup", str(build), "-Damx_emulation=false", "-Doptimization=1", "-Dwerror=true"],
+        [meson, "setup", str(build), "-Damx_emulation=false", "-Doptimization=0", "-Dwerror=true"],
         [ninja, "-C", str(build), "-j1", *targets],
     ):
         result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)

@@ -10,6 +10,9 @@
 
 #define KTK_ISA_HAS_TILES
 
+// Called, not inlined: hundreds of copies would only make the kernels slow to compile.
+#define KTK_APART __attribute__((noinline))
+
 struct alignas(64) TileConfig {
   uint8_t palette = 1;
   uint8_t start_row = 0;
@@ -22,24 +25,24 @@ struct TileFile {
   TileConfig config;
   uint8_t tiles[8][16][64];
 
-  void configure(const TileConfig &wanted) {
+  KTK_APART void configure(const TileConfig &wanted) {
     config = wanted;
     __builtin_memset(tiles, 0, sizeof tiles);
   }
-  void zero(int number) { __builtin_memset(tiles[number], 0, sizeof tiles[number]); }
-  void load(int number, const void *address, int64_t stride_bytes) {
+  KTK_APART void zero(int number) { __builtin_memset(tiles[number], 0, sizeof tiles[number]); }
+  KTK_APART void load(int number, const void *address, int64_t stride_bytes) {
     zero(number);
     for (int r = 0; r < config.rows[number]; r++) {
       __builtin_memcpy(tiles[number][r], (const uint8_t *)address + r * stride_bytes,
                        config.row_bytes[number]);
     }
   }
-  void store(int number, void *address, int64_t stride_bytes) const {
+  KTK_APART void store(int number, void *address, int64_t stride_bytes) const {
     for (int r = 0; r < config.rows[number]; r++) {
       __builtin_memcpy((uint8_t *)address + r * stride_bytes, tiles[number][r], config.row_bytes[number]);
     }
   }
-  void dot_s8u8(int sum, int a, int b) {
+  KTK_APART void dot_s8u8(int sum, int a, int b) {
     for (int m = 0; m < config.rows[sum]; m++) {
       uint32_t row[16];
       __builtin_memcpy(row, tiles[sum][m], 64);
@@ -68,7 +71,7 @@ struct TileFile {
     __builtin_memcpy(&value, &bits, 4);
     return flush(value);
   }
-  void dot_bf16(int sum, int a, int b) {
+  KTK_APART void dot_bf16(int sum, int a, int b) {
     for (int m = 0; m < config.rows[sum]; m++) {
       float row[16], even[16] = {}, odd[16] = {};
       __builtin_memcpy(row, tiles[sum][m], 64);
