@@ -21,7 +21,7 @@ SOURCES := $(shell find ktk native -type f -not -name '*.py[co]') \
   meson.build meson.options pyproject.toml README.md LICENSE
 CPP_FILES := $(shell find native tests -name '*.cpp' -o -name '*.h' -o -name '*.c')
 
-.PHONY: help demo test lint native-test sanitize sdist pytest pytest-ctypes numa docs wheel clean
+.PHONY: help demo test lint native-test sanitize sanitize-thread sanitize-address sdist pytest pytest-ctypes numa docs wheel clean
 help:
 	@echo "make demo           generate text with the shipped model and compare the weight formats"
 	@echo "make test           everything below"
@@ -36,13 +36,11 @@ help:
 	@echo "make docs           HTML documentation in build/docs"
 	@echo "make clean          remove build/ and the virtual environment"
 
-# Quick checks come first, and the longest run last, so that a log ends with its summary. What lint needs is
-# installed while the wheel compiles.
+# Quick checks come first, and the longest run last, so that a log ends with its summary. Two at a time where
+# each leaves a core idle now and then.
 test:
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=recurse lint wheel
-	@$(MAKE) --no-print-directory native-test
-	@$(MAKE) --no-print-directory sanitize
-	@$(MAKE) --no-print-directory sdist
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=recurse native-test sanitize-thread sanitize-address sdist
 	@$(MAKE) --no-print-directory pytest-ctypes
 	@$(MAKE) --no-print-directory pytest
 
@@ -64,8 +62,12 @@ sdist: $(VENV)/.dev build/wheel/.done
 native-test: $(VENV)/.dev build/wheel/.done
 	@PATH="$$PWD/$(BIN):$$PATH" tests/tools/native_tests.sh build/native
 
-sanitize: $(VENV)/.dev
+sanitize: sanitize-thread sanitize-address
+
+sanitize-thread: $(VENV)/.dev
 	@PATH="$$PWD/$(BIN):$$PATH" tests/tools/native_tests.sh build/native-tests-thread thread
+
+sanitize-address: $(VENV)/.dev
 	@PATH="$$PWD/$(BIN):$$PATH" tests/tools/native_tests.sh build/native-tests-address address,undefined
 
 pytest: $(VENV)/.test

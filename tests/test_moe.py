@@ -74,7 +74,7 @@ def test_forward_matches_the_reference(form: Format, isa: str) -> None:
     slow = isa in SLOW_ISAS
     largest = 140 if slow else 390
 
-    @settings(max_examples=20 if slow else 50)
+    @settings(max_examples=15 if slow else 30)
     @given(
         shape=shapes(largest, 20 if slow else 70),
         routing=st.sampled_from(ROUTINGS),
