@@ -36,7 +36,7 @@ def build_wheel(sdist: Path, folder: Path) -> Path:
         # Python before 3.10.12 and 3.11.4 has no filters.
         archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     source = next(path for path in folder.iterdir() if path.is_dir())
-    # It is the files that count: compile the kernels of one instruction set, and the rest as quickly as can be.
+    # It is the files that count: compile kernels for one instruction set, and the rest as quickly as can be.
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps"]
     command += ["-Csetup-args=-Doptimization=0", "-Csetup-args=-Damx_emulation=false"]
     command += ["-Csetup-args=-Dwithout_isas=avx2,avx512,avx512_bf16,amx"]
