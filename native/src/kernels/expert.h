@@ -1,8 +1,7 @@
 // One expert's share of a layer: gate, up and activation into the rows of the down projection; the down
 // projection, weighted, into the tokens' sums; and those sums into the output.
 //
-// A pass takes as many rows as the second-level cache holds over a run of weight panels, so that weights
-// come from memory once a pass and rows from cache for every panel but the first.
+// Rows are taken in passes, so that weights come from memory once a pass, and rows and sums from cache.
 #pragma once
 
 #include "kernels/activation.h"
@@ -18,7 +17,7 @@ KTK_INLINE bool uses_tiles(int32_t rows, int32_t strict) {
 }
 
 // Rows of one pass: on matrix units, passes of equal height in whole panels of rows; on vectors, as many rows
-// as take half of it themselves, or what kExpandedBytes says.
+// as take half of a 2 MiB second-level cache, or what kExpandedBytes says.
 template <class Ops, class Format>
 KTK_INLINE int pass_rows(const Gemm &gemm, bool tiles, int rows) {
   if (tiles) {
