@@ -36,6 +36,7 @@ from ktk.errors import (
     KtkSystemError,
     KtkUnsupportedError,
 )
+from threads import count_threads, no_more_threads_than, settled_threads
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOKENS = 2, 24, 40, 8
 
@@ -606,13 +607,9 @@ def test_closing_a_layer_waits_for_its_tasks(pool: Any) -> None:
         queue.sync()
 
 
-def threads_of_process() -> int:
-    return len(os.listdir("/proc/self/task"))
-
-
 def test_the_collector_frees_handles_in_any_order() -> None:
     gc.collect()
-    before = threads_of_process()
+    before = settled_threads()
 
     class Holder:
         pass
@@ -626,16 +623,16 @@ def test_the_collector_frees_handles_in_any_order() -> None:
         handles = [pool, moe, queue]
         holder.first, holder.second, holder.third = handles[order:] + handles[:order]
         gone = [weakref.ref(pool), weakref.ref(moe), weakref.ref(queue)]
-        assert threads_of_process() > before
+        assert count_threads() > before
         del holder, pool, moe, queue, handles
         gc.collect()
         assert [reference() for reference in gone] == [None] * 3
-        assert threads_of_process() <= before
+        assert no_more_threads_than(before)
 
 
 def test_handles_of_subclasses_in_a_cycle_are_freed() -> None:
     gc.collect()
-    before = threads_of_process()
+    before = settled_threads()
 
     class MyPool(_native.Pool):
         pass
@@ -652,7 +649,7 @@ def test_handles_of_subclasses_in_a_cycle_are_freed() -> None:
     queue.sync()
     del pool, queue
     gc.collect()
-    assert threads_of_process() <= before
+    assert no_more_threads_than(before)
 
 
 def test_a_pool_outlives_its_name() -> None:
@@ -667,12 +664,12 @@ def test_a_pool_outlives_its_name() -> None:
 
 
 def test_initialising_twice_replaces_the_handle() -> None:
-    before = threads_of_process()
+    before = settled_threads()
     pool = _native.Pool([2], None, False, 0)
     pool.__init__([3], None, False, 0)  # type: ignore[misc]
     assert pool.thread_count == 3
     pool.close()
-    assert threads_of_process() <= before
+    assert no_more_threads_than(before)
 
 
 def test_closing_from_another_thread_waits_for_calls(pool: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import io
 import json
-import os
 import threading
 import warnings
 import weakref
@@ -17,6 +16,7 @@ import torch
 
 from ktk import CPUInfer, ForwardTask, WorkerPoolConfig, _native, runtime, show_runtime
 from ktk.errors import KtkArgumentError, KtkStateError
+from threads import count_threads, no_more_threads_than, settled_threads
 
 # Subpools may have more threads than the machine has CPUs; one test is about that warning.
 pytestmark = pytest.mark.filterwarnings("ignore:.* threads for .* CPUs:RuntimeWarning")
@@ -24,10 +24,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* threads for .* CPUs:RuntimeWa
 MACHINE = json.loads(_native.machine_json())
 NODES = [node["id"] for node in MACHINE["nodes"] if node["cpus_allowed"]]
 HAS_CUDA_DEVICE = torch.cuda.is_available()
-
-
-def threads_of_process() -> int:
-    return len(os.listdir("/proc/self/task"))
 
 
 def config(*threads: int, **changes: Any) -> WorkerPoolConfig:
@@ -164,10 +160,10 @@ def test_an_int_is_a_number_of_threads() -> None:
     ],
 )
 def test_wrong_configurations_are_refused(wrong: Any, error: type[Exception], pattern: str) -> None:
-    before = threads_of_process()
+    before = settled_threads()
     with pytest.raises(error, match=pattern):
         CPUInfer(wrong)
-    assert threads_of_process() <= before
+    assert no_more_threads_than(before)
 
 
 def test_a_missing_node_names_those_that_exist() -> None:
@@ -320,7 +316,7 @@ def test_closing_twice_is_fine_and_using_it_afterwards_is_not() -> None:
 
 def test_closing_raises_a_failure_that_nobody_saw() -> None:
     gc.collect()
-    before = threads_of_process()
+    before = settled_threads()
     cpu = CPUInfer(config(2))
     cpu.submit(lambda: {}["missing"])
     with pytest.raises(KeyError, match="missing"):
@@ -328,7 +324,7 @@ def test_closing_raises_a_failure_that_nobody_saw() -> None:
     assert cpu.closed
     del cpu
     gc.collect()
-    assert threads_of_process() <= before
+    assert no_more_threads_than(before)
 
 
 def test_an_error_in_the_block_comes_with_that_of_a_task() -> None:
@@ -345,29 +341,29 @@ def test_an_error_in_the_block_comes_with_that_of_a_task() -> None:
 
 def test_threads_end_with_the_last_layer() -> None:
     gc.collect()
-    before = threads_of_process()
+    before = settled_threads()
     cpu = CPUInfer(config(3))
     layer = Layer(cpu)
     cpu.close()
     assert not layer.moe.closed
     layer.moe.close()
-    assert threads_of_process() <= before
+    assert no_more_threads_than(before)
 
 
 def test_the_collector_frees_everything_in_a_cycle() -> None:
     gc.collect()
-    before = threads_of_process()
+    before = settled_threads()
     cpu: Any = CPUInfer(config(2))
     cpu.itself = cpu
     cpu.layer = Layer(cpu)
     cpu.submit(cpu.layer.task())
     cpu.submit(lambda: None)
     gone = weakref.ref(cpu)
-    assert threads_of_process() > before
+    assert count_threads() > before
     del cpu
     gc.collect()
     assert gone() is None
-    assert threads_of_process() <= before
+    assert no_more_threads_than(before)
 
 
 def test_two_of_different_sizes_coexist() -> None:
