@@ -30,37 +30,29 @@ class FormatInfo:
     code : int
         Value of the C enumeration ``ktk_format``.
     group_sizes : tuple of int
-        Allowed input columns a scale. 0 stands for one scale a row, or for no scales at all in bf16.
+        Allowed input columns of a group. 0 stands for one scale a row, or for no scales at all in bf16.
     default_group_size : int
         Used where the caller names none.
-    asymmetric : bool
-        Whether the format has zero points, which it then uses unless the caller declines them. Scales for
-        whole rows go without.
     """
 
     name: str
     code: int
     group_sizes: tuple[int, ...]
     default_group_size: int
-    asymmetric: bool
 
 
 # int4 defaults to groups of 32: one outlier then costs the accuracy of 32 weights and not of a whole row,
-# which is what makes per-row int4 lose so much, and scales and zero points add three quarters of a bit to
-# each weight. For int8, groups of 128 cost an eighth of a bit and bring the error of a layer below 0.02. fp8
-# has the blocks of 128 that checkpoints come with.
+# which is what makes per-row int4 lose so much, and multipliers and offsets add half a bit to each weight.
+# For int8, groups of 128 cost an eighth of a bit and bring the error of a layer below 0.02. fp8 has the
+# blocks of 128 that checkpoints come with.
 FORMATS: Mapping[str, FormatInfo] = MappingProxyType(
     {
         info.name: info
         for info in (
-            FormatInfo(name="bf16", code=0, group_sizes=(0,), default_group_size=0, asymmetric=False),
-            FormatInfo(
-                name="int8", code=1, group_sizes=(0, 32, 64, 128), default_group_size=128, asymmetric=False
-            ),
-            FormatInfo(
-                name="int4", code=2, group_sizes=(0, 32, 64, 128), default_group_size=32, asymmetric=True
-            ),
-            FormatInfo(name="fp8", code=3, group_sizes=(128,), default_group_size=128, asymmetric=False),
+            FormatInfo(name="bf16", code=0, group_sizes=(0,), default_group_size=0),
+            FormatInfo(name="int8", code=1, group_sizes=(0, 32, 64, 128), default_group_size=128),
+            FormatInfo(name="int4", code=2, group_sizes=(0, 32, 64, 128), default_group_size=32),
+            FormatInfo(name="fp8", code=3, group_sizes=(128,), default_group_size=128),
         )
     }
 )
@@ -163,10 +155,8 @@ class LayerConfig:
     format : str, default "int4"
         A key of `FORMATS`.
     group_size : int, optional
-        Input columns that share a scale: 32, 64 or 128, or 0 for one scale a row. Default: 32 for int4, 128
-        for int8. fp8: 128. bf16: 0.
-    asymmetric : bool, optional
-        int4 with groups: one zero point a group. Default: True for int4 with groups, else False.
+        Input columns of a group: 32, 64 or 128, or 0 for one scale a row and no groups. Default: 32 for int4,
+        128 for int8. fp8: 128. bf16: 0.
     swiglu_limit : float, default 0.0
         If positive, gate is cut to at most this and up to within plus or minus this before the activation.
     swiglu_alpha : float, default 0.0
@@ -194,7 +184,6 @@ class LayerConfig:
     intermediate_size: int
     format: str = "int4"
     group_size: int | None = None
-    asymmetric: bool | None = None
     swiglu_limit: float = 0.0
     swiglu_alpha: float = 0.0
     max_tokens: int = 4096
@@ -227,13 +216,6 @@ class LayerConfig:
             raise KtkArgumentError(
                 f"group_size of format {info.name} must be one of {allowed}, got {group_size}"
             )
-        possible = info.asymmetric and values["group_size"] > 0
-        values["asymmetric"] = possible if self.asymmetric is None else bool(self.asymmetric)
-        if values["asymmetric"] and not possible:
-            raise KtkArgumentError(
-                "asymmetric needs format int4 with a group_size of 32, 64 or 128, "
-                f"got format {info.name} with group_size {values['group_size']}"
-            )
         values["strict"] = bool(self.strict)
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -242,12 +224,6 @@ class LayerConfig:
     def format_code(self) -> int:
         """Value of the C enumeration ``ktk_format``."""
         return FORMATS[self.format].code
-
-    @property
-    def zero_points(self) -> bool:
-        """`asymmetric` as a bool (never None once constructed)."""
-        assert self.asymmetric is not None
-        return self.asymmetric
 
     @property
     def groups(self) -> int:

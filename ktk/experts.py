@@ -548,13 +548,13 @@ class KTMoEWrapper:
     num_gpu_experts : int, default 0
         The first experts, as many as this, run on the GPU. Not together with a mask that has another number.
     lora_rank, lora_alpha, lora_dropout, max_cache_depth, zero_point, full_weight_grad
-        For mode ``"sft"``, see `ktk.sft.BaseSFTMoEWrapper`; `zero_point` is another name of `asymmetric`.
-        Without effect otherwise.
+        For mode ``"sft"``, see `ktk.sft.BaseSFTMoEWrapper`. Without effect otherwise, and `zero_point` in
+        both: groups of int4 always have an offset.
     swiglu_limit, swiglu_alpha : float, default 0.0
         Activation, see `ktk.config.LayerConfig`.
     group_size : int, optional
         See `ktk.config.LayerConfig`; 0 with AMXINT4 is one scale a row.
-    asymmetric, strict, isa
+    strict, isa
         See `ktk.config.LayerConfig`.
     cpu_infer : CPUInfer, optional
         Threads to use, in place of those that `cpuinfer_threads`, `threadpool_count` and `numa_nodes`
@@ -595,7 +595,6 @@ class KTMoEWrapper:
         swiglu_alpha: float = 0.0,
         *,
         group_size: int | None = None,
-        asymmetric: bool | None = None,
         strict: bool = False,
         isa: str | None = None,
         cpu_infer: CPUInfer | None = None,
@@ -628,7 +627,6 @@ class KTMoEWrapper:
                 lora_dropout=lora_dropout,
                 max_cache_depth=max_cache_depth,
                 group_size=group_size,
-                zero_point=asymmetric or zero_point,
                 full_weight_grad=full_weight_grad,
                 swiglu_limit=swiglu_limit,
                 swiglu_alpha=swiglu_alpha,
@@ -644,7 +642,6 @@ class KTMoEWrapper:
             intermediate_size=moe_intermediate_size,
             format=format_of_method(method),
             group_size=group_size,
-            asymmetric=asymmetric,
             swiglu_limit=swiglu_limit,
             swiglu_alpha=swiglu_alpha,
             max_tokens=checked_int("chunked_prefill_size", chunked_prefill_size, 1),

@@ -221,7 +221,6 @@ class Experts:
             max_tokens=config.max_tokens,
             format=config.format_code,
             group_size=config.groups,
-            asymmetric=config.zero_points,
             strict=config.strict,
             swiglu_limit=config.swiglu_limit,
             swiglu_alpha=config.swiglu_alpha,
@@ -831,7 +830,6 @@ class Experts:
         for name in (
             "format",
             "group_size",
-            "asymmetric",
             "hidden_size",
             "intermediate_size",
             "swiglu_limit",

@@ -31,12 +31,11 @@ ACTIVATION_GROUP = 128
 
 @dataclass(frozen=True)
 class Case:
-    """One weight format; `group_size` and `asymmetric` as in the layer's configuration."""
+    """One weight format; `group_size` as in the layer's configuration."""
 
     name: str
     format: int
     group_size: int = 0
-    asymmetric: bool = False
 
 
 CASES = (
@@ -45,12 +44,12 @@ CASES = (
     Case("int8 g128", _native.FORMAT_INT8, 128),
     Case("int4 row", _native.FORMAT_INT4),
     Case("int4 g32", _native.FORMAT_INT4, 32),
-    Case("int4 g32 asym", _native.FORMAT_INT4, 32, True),
+    Case("int4 g128", _native.FORMAT_INT4, 128),
     Case("fp8", _native.FORMAT_FP8, 128),
 )
 # Largest relative L2 distance of the packed weights, Gaussian, from the ones they were made from.
-PACKING_ERROR = {"bf16": 0.002, "int8 row": 0.01, "int8 g128": 0.01, "int4 row": 0.15, "int4 g32": 0.1}
-PACKING_ERROR |= {"int4 g32 asym": 0.09, "fp8": 0.03}
+PACKING_ERROR = {"bf16": 0.002, "int8 row": 0.01, "int8 g128": 0.01, "int4 row": 0.15, "int4 g32": 0.09}
+PACKING_ERROR |= {"int4 g128": 0.1, "fp8": 0.03}
 FLOAT_FORMATS = (_native.FORMAT_BF16, _native.FORMAT_FP8)
 
 
@@ -112,7 +111,7 @@ def stored_weights(layer: _native.Moe, case: Case, expert: int) -> tuple[F32, F3
     def values(
         weight: npt.NDArray[np.uint8],
         scale: npt.NDArray[np.uint8],
-        zero: npt.NDArray[np.uint8],
+        factors: npt.NDArray[np.uint8],
         rows: int,
         columns: int,
     ) -> F32:
@@ -135,10 +134,14 @@ def stored_weights(layer: _native.Moe, case: Case, expert: int) -> tuple[F32, F3
             magnitude = np.where(exponent == 0, np.ldexp(mantissa, -9), normal)
             signed = np.where(stored >> 7, -magnitude, magnitude).astype(np.float32)
             return to_bf16(signed * by_weight(scale.view(np.float32)))
+        if factors.size:  # [panel, group, 2: multiplier, offset, 16]
+            multiplier, offset = (factors.reshape(-1, 2, 16)[:, i].reshape(-1) for i in (0, 1))
+            of_row = scale.view(np.float32).reshape(-1)[:rows, None]
+            scaled: F32 = (by_weight(multiplier) * stored + by_weight(offset) - 128) * of_row
+            return scaled
         if case.group_size:
             scale = (scale.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.uint8)
-        offset = by_weight(zero) / 16 if case.asymmetric else np.float32(2 ** (bits - 1))
-        result: F32 = (stored - offset) * by_weight(scale.view(np.float32))
+        result: F32 = (stored - np.float32(2 ** (bits - 1))) * by_weight(scale.view(np.float32))
         return result
 
     def halves(code: int, unit: int) -> list[npt.NDArray[np.uint8]]:  # gate and up alternate
@@ -147,13 +150,17 @@ def stored_weights(layer: _native.Moe, case: Case, expert: int) -> tuple[F32, F3
         return [np.ascontiguousarray(pairs[:, which]).reshape(-1) for which in (0, 1)]
 
     tile_bytes = 512 if case.format in (_native.FORMAT_INT4, _native.FORMAT_FP8) else 1024
-    scale_bytes = 2 if case.group_size and case.format != _native.FORMAT_FP8 else 4
+    scale_bytes = 2 if case.group_size and case.format == _native.FORMAT_INT8 else 4
     weight = halves(_native.PART_GATE_UP_WEIGHT, tile_bytes)
     scale = halves(_native.PART_GATE_UP_SCALE, 16 * scale_bytes)
-    zero = halves(_native.PART_GATE_UP_ZERO, 16)
-    gate, up = (values(weight[i], scale[i], zero[i], INTERMEDIATE, HIDDEN) for i in (0, 1))
-    packed_down = part(_native.PART_DOWN_WEIGHT), part(_native.PART_DOWN_SCALE), part(_native.PART_DOWN_ZERO)
-    return gate, up, values(*packed_down, HIDDEN, INTERMEDIATE)
+    factors = halves(_native.PART_GATE_UP_FACTORS, 32)
+    gate, up = (values(weight[i], scale[i], factors[i], INTERMEDIATE, HIDDEN) for i in (0, 1))
+    down = (
+        part(_native.PART_DOWN_WEIGHT),
+        part(_native.PART_DOWN_SCALE),
+        part(_native.PART_DOWN_FACTORS),
+    )
+    return gate, up, values(*down, HIDDEN, INTERMEDIATE)
 
 
 def reference(
@@ -161,7 +168,8 @@ def reference(
 ) -> F32:
     """Forward of a layer in float64: x [B, H], ids, route [B, k], experts (gate, up [I, H], down [H, I])."""
     float_format = case.format in FLOAT_FORMATS
-    input_group = ACTIVATION_GROUP if case.group_size else x.shape[-1]
+    grouped = case.group_size and case.format == _native.FORMAT_INT8
+    input_group = ACTIVATION_GROUP if grouped else x.shape[-1]
     x = to_bf16(x) if float_format else round_trip_int8(x, input_group)
     y = np.zeros(x.shape, np.float64)
     for expert, (gate, up, down) in enumerate(experts):
@@ -223,7 +231,6 @@ def run(isa: str) -> list[Outcome]:
                 max_tokens=max(TOKENS),
                 format=case.format,
                 group_size=case.group_size,
-                asymmetric=case.asymmetric,
                 isa=isa,
             )
             with layer:

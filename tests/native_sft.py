@@ -181,7 +181,7 @@ def assert_within(
 BF16_FORMAT = Format(_native.FORMAT_BF16)
 SOME_FORMATS = (
     *(form for form in FORMATS if form.group in (0, 32)),
-    Format(_native.FORMAT_INT4, 128, True),
+    Format(_native.FORMAT_INT4, 128),
     Format(_native.FORMAT_FP8, 128),
 )
 PLAIN = Activation()

@@ -68,16 +68,14 @@ def assert_still_works(wrapper: BaseMoEWrapper) -> None:
         ("format", None),
         ("group_size", 16),
         ("group_size", -32),
-        ("asymmetric", True),
         ("swiglu_limit", -1.0),
         ("swiglu_limit", float("nan")),
         ("swiglu_alpha", float("inf")),
     ],
 )
 def test_values_of_a_configuration(name: str, value: Any) -> None:
-    options = {"group_size": 0} if name == "asymmetric" else {}
     with pytest.raises(ValueError, match=name) as caught:
-        LayerConfig(**{**CONFIG, **options, name: value})
+        LayerConfig(**{**CONFIG, name: value})
     assert isinstance(caught.value, KtkArgumentError)
 
 
@@ -100,20 +98,12 @@ def test_types_of_a_configuration(name: str, value: Any) -> None:
 def test_groups_where_there_are_none(format: str) -> None:
     with pytest.raises(KtkArgumentError, match="group_size"):
         LayerConfig(**CONFIG, format=format, group_size=32 if format == "bf16" else 16)
-    with pytest.raises(KtkArgumentError, match="asymmetric"):
-        LayerConfig(**CONFIG, format=format, asymmetric=True)
 
 
 def test_defaults_of_the_formats() -> None:
     chosen = {name: LayerConfig(**CONFIG, format=name) for name in FORMATS}
-    assert {name: (config.groups, config.zero_points) for name, config in chosen.items()} == {
-        "bf16": (0, False),
-        "int8": (128, False),
-        "int4": (32, True),
-        "fp8": (128, False),
-    }
-    assert not LayerConfig(**CONFIG, format="int4", group_size=0).zero_points
-    assert not LayerConfig(**CONFIG, format="int4", asymmetric=False).zero_points
+    groups = {name: config.groups for name, config in chosen.items()}
+    assert groups == {"bf16": 0, "int8": 128, "int4": 32, "fp8": 128}
 
 
 def test_tables_of_formats_and_methods() -> None:

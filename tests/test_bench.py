@@ -261,11 +261,12 @@ def test_the_reference_is_what_the_layer_approximates(pool: _native.Pool) -> Non
         assert figures.relative_l2(batch.output, exact) < most
 
 
-def test_packed_bytes_count_weights_scales_and_zero_points(pool: _native.Pool) -> None:
+def test_packed_bytes_count_weights_scales_and_factors(pool: _native.Pool) -> None:
     shape = Shape("s", 64, 128, 2, 1)
+    weights, scales = 3 * 64 * 128, 4 * (128 + 128 + 64)
     for choice, size in zip(
         cases.parse_formats("bf16,int8-row,int4-g32"),
-        (2 * 3 * 64 * 128, 3 * 64 * 128 + 4 * (128 + 128 + 64), 3 * 64 * 128 // 2 + 3 * 64 * 128 // 32 * 3),
+        (2 * weights, weights + scales, weights // 2 + weights // 32 * 2 + scales),
         strict=True,
     ):
         with Layers(pool, shape, choice, GaussianWeights(shape), 1, 2) as layers:

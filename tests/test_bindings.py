@@ -501,7 +501,7 @@ def test_forward_is_the_same_through_both_bindings() -> None:
 
 
 def test_integers_of_other_libraries_are_taken(pool: Any) -> None:
-    with make_moe(pool, num_experts=np.int64(EXPERTS), asymmetric=0, swiglu_limit=np.float32(0)) as moe:
+    with make_moe(pool, num_experts=np.int64(EXPERTS), strict=0, swiglu_limit=np.float32(0)) as moe:
         load(moe)
         batch = Batch()
         moe.forward(**batch.arguments(num_tokens_ptr=np.uint64(batch.count.ctypes.data)))

@@ -74,7 +74,6 @@ def test_int4_options(capsys: pytest.CaptureFixture[str]) -> None:
         "int4",
         "--group-size",
         "64",
-        "--asymmetric",
     )
     assert report["group_size"] == 64
 
@@ -111,7 +110,7 @@ def test_text_and_table(capsys: pytest.CaptureFixture[str]) -> None:
         (["/nowhere", "-p", "x"], 1, "/nowhere"),
         (["{model}", "-p", "x", "--format", "int3"], 2, "int3"),
         (["{model}", "-p", "x", "--format", "int4", "--group-size", "48"], 1, "group_size"),
-        (["{model}", "-p", "x", "--asymmetric"], 1, "asymmetric"),
+        (["{model}", "-p", "x", "--format", "bf16", "--group-size", "32"], 1, "group_size"),
         (["{model}", "-p", "x", "--isa", "mmx"], 1, "mmx"),
         (["{model}", "-p", "x", "--threads", "0"], 2, "--threads"),
         (["{empty}", "-p", "x"], 1, "config.json"),

@@ -76,7 +76,7 @@ def make_wrapper(layer_idx: int = 0, weights: Weights | None = None, **options: 
         ("int4", {}),
         ("int4", {"group_size": 0}),
         ("int4", {"group_size": 64}),
-        ("int4", {"group_size": 128, "asymmetric": True}),
+        ("int4", {"group_size": 128}),
         ("fp8", {}),
     ],
 )
@@ -398,10 +398,8 @@ def test_arguments_by_position(tmp_path: Any) -> None:
 
 def test_own_arguments() -> None:
     assert make_wrapper(method="AMXINT4").experts.config.group_size == 32
-    config = make_wrapper(
-        method="AMXINT4", group_size=64, asymmetric=True, strict=True, isa="portable"
-    ).experts.config
-    assert (config.group_size, config.asymmetric, config.strict, config.isa) == (64, True, True, "portable")
+    config = make_wrapper(method="AMXINT4", group_size=64, strict=True, isa="portable").experts.config
+    assert (config.group_size, config.strict, config.isa) == (64, True, "portable")
     assert make_wrapper(method="AMXINT4", group_size=0).experts.config.group_size == 0
 
 

@@ -19,7 +19,7 @@ from strategies import DTYPES, make_input, make_routing, make_weights, seeds, si
 
 GOLDEN = Path(__file__).parent / "golden"
 
-INT8, INT4_32, INT4_32Z, INT8_128 = FORMATS[1], FORMATS[3], FORMATS[6], FORMATS[10]
+INT8, INT4_32, INT8_128 = FORMATS[1], FORMATS[3], FORMATS[7]
 
 
 @pytest.fixture(scope="module")
@@ -154,12 +154,12 @@ def test_imported_layer_computes_the_same_bits(form: Format) -> None:
 def test_packing_again_replaces_the_expert(one_pool: _native.Pool) -> None:
     rng = np.random.default_rng(14)
     first, second = make_weights(rng, 70, 50, biases=True), make_weights(rng, 70, 50)
-    with NativeLayer(one_pool, [first], INT4_32Z) as layer:
+    with NativeLayer(one_pool, [first], INT4_32) as layer:
         layer.pack(0, second)
-        assert_parts_equal(layer.export(0), pack(second, INT4_32Z))
+        assert_parts_equal(layer.export(0), pack(second, INT4_32))
 
 
-@pytest.mark.parametrize("form", [FORMATS[0], INT8, INT8_128, FORMATS[2], INT4_32, INT4_32Z], ids=str)
+@pytest.mark.parametrize("form", [FORMATS[0], INT8, INT8_128, FORMATS[2], INT4_32], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("matrix", ["gate", "up", "down"])
 def test_weights_that_are_not_finite_are_refused(
@@ -186,14 +186,14 @@ def test_weights_that_are_not_finite_are_refused(
 def test_scales_that_would_overflow_are_refused(one_pool: _native.Pool) -> None:
     weights = make_weights(np.random.default_rng(16), 70, 50)
     weights.up[3, 4], weights.up[3, 5] = 3e38, -3e38
-    with pytest.raises(KtkArgumentError), NativeLayer(one_pool, [weights], INT4_32Z):
+    with pytest.raises(KtkArgumentError), NativeLayer(one_pool, [weights], INT4_32):
         pass
     weights.up[3, 5] = 3.4e38
     with pytest.raises(KtkArgumentError), NativeLayer(one_pool, [weights], FORMATS[0]):
         pass
 
 
-@pytest.mark.parametrize("form", [FORMATS[0], INT8, INT8_128, FORMATS[2], INT4_32, INT4_32Z], ids=str)
+@pytest.mark.parametrize("form", [FORMATS[0], INT8, INT8_128, FORMATS[2], INT4_32], ids=str)
 def test_parts_that_are_not_finite_are_refused(one_pool: _native.Pool, form: Format) -> None:
     weights = make_weights(np.random.default_rng(17), 70, 50, biases=True)
     parts = pack(weights, form)
@@ -201,7 +201,7 @@ def test_parts_that_are_not_finite_are_refused(one_pool: _native.Pool, form: For
         for name, part in parts.items():
             if not part.size or not name.endswith(("_scale", "_bias")):
                 continue
-            dtype = BF16 if name.endswith("_scale") and form.group else F32
+            dtype = BF16 if name.endswith("_scale") and form.scale_group else F32
             for value in (np.nan, np.inf, -np.inf):
                 bad = part.copy()
                 bad.view(dtype)[7] = value
@@ -211,17 +211,23 @@ def test_parts_that_are_not_finite_are_refused(one_pool: _native.Pool, form: For
         assert_parts_equal(layer.export(0), parts)
 
 
-def test_zero_points_past_the_last_code_are_refused(one_pool: _native.Pool) -> None:
+@pytest.mark.parametrize("name", ["gate_up_factors", "down_factors"])
+@pytest.mark.parametrize("multiplier, offset", [(0, 8), (16, 16), (17, 1), (1, 241), (255, 255)])
+def test_factors_that_leave_a_byte_are_refused(
+    one_pool: _native.Pool, name: str, multiplier: int, offset: int
+) -> None:
     weights = make_weights(np.random.default_rng(21), 70, 50)
-    with NativeLayer(one_pool, [weights], INT4_32Z) as layer:
-        for name in ("gate_up_zero", "down_zero"):
-            bad = pack(weights, INT4_32Z)[name]
-            bad[5] = 15 * 16 + 1
-            with pytest.raises(KtkArgumentError, match="241"):
-                layer.load(0, {name: bad})
+    good = pack(weights, INT4_32)[name]
+    with NativeLayer(one_pool, [weights], INT4_32) as layer:
+        bad = good.copy().reshape(-1, 2, 16)
+        bad[-1, :, 5] = multiplier, offset
+        with pytest.raises(KtkArgumentError, match=f"multiplier {multiplier} with offset {offset}"):
+            layer.load(0, {name: bad.reshape(-1)})
+        bad[-1, :, 5] = 17, 0
+        layer.load(0, {name: bad.reshape(-1)})
 
 
-@pytest.mark.parametrize("form", [FORMATS[0], INT8_128, INT4_32Z], ids=str)
+@pytest.mark.parametrize("form", [FORMATS[0], INT8_128, INT4_32], ids=str)
 def test_wrong_arguments_of_parts(one_pool: _native.Pool, form: Format) -> None:
     weights = make_weights(np.random.default_rng(18), 70, 50)
     parts = pack(weights, form)
@@ -254,10 +260,10 @@ def test_wrong_arguments_of_parts(one_pool: _native.Pool, form: Format) -> None:
 def test_a_partly_imported_expert_does_not_count_as_loaded(one_pool: _native.Pool) -> None:
     rng = np.random.default_rng(19)
     weights = make_weights(rng, 70, 50)
-    parts = pack(weights, INT4_32Z)
+    parts = pack(weights, INT4_32)
     x, ids, routing = make_input(rng, 1, 70), np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32)
     required = [name for name in PART_NAMES if parts[name].size and not name.endswith("_bias")]
-    with NativeLayer(one_pool, [weights], INT4_32Z, load=False) as layer:
+    with NativeLayer(one_pool, [weights], INT4_32, load=False) as layer:
         for name in required:
             with pytest.raises(KtkStateError):
                 layer.forward(x, ids, routing)
@@ -272,11 +278,8 @@ def test_a_partly_imported_expert_does_not_count_as_loaded(one_pool: _native.Poo
         {"group_size": -32},
         {"group_size": 16, "format": _native.FORMAT_INT8},
         {"group_size": 32, "format": _native.FORMAT_BF16},
-        {"asymmetric": True},
-        {"asymmetric": True, "format": _native.FORMAT_INT8},
         {"group_size": 0, "format": _native.FORMAT_FP8},
         {"group_size": 64, "format": _native.FORMAT_FP8},
-        {"asymmetric": True, "group_size": 128, "format": _native.FORMAT_FP8},
         {"format": 4},
         {"format": -1},
         {"num_experts": 0},

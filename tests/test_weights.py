@@ -29,7 +29,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("int8", {"group_size": 0}),
     ("int4", {"group_size": 0}),
     ("int4", {"group_size": 32}),
-    ("int4", {"group_size": 64, "asymmetric": False}),
+    ("int4", {"group_size": 64}),
     ("fp8", {}),
 ]
 
@@ -72,7 +72,7 @@ def test_the_file_holds_the_documented_bytes(tmp_path: Path, format: str, option
         metadata = handle.metadata()
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a mapping
     assert metadata["format"] == "ktk"
-    assert metadata["ktk_layout_version"] == "2"
+    assert metadata["ktk_layout_version"] == "3"
     assert metadata["ktk_source"] == "somewhere"
     (layer,) = json.loads(metadata["ktk_layers"])
     assert layer == {
@@ -83,7 +83,6 @@ def test_the_file_holds_the_documented_bytes(tmp_path: Path, format: str, option
         "intermediate_size": 50,
         "format": format,
         "group_size": form_of(format, **options).group,
-        "asymmetric": form_of(format, **options).asymmetric,
         "swiglu_limit": 0.0,
         "swiglu_alpha": 0.0,
         "bias": True,
@@ -291,7 +290,7 @@ def add_tensor(header: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (set_version, "layout version 1, and this ktk reads version 2"),
+        (set_version, "layout version 1, and this ktk reads version 3"),
         (set_layers("{"), "damaged description"),
         (set_layers([]), "no layers"),
         (set_layers([{"layer_idx": 2}]), "damaged description"),
@@ -299,7 +298,7 @@ def add_tensor(header: dict[str, Any]) -> None:
         (edit_layer(hidden_size=0), "damaged description"),
         (edit_layer(hidden_size=96), "contradicts itself"),
         (edit_layer(num_experts=5), "contradicts itself"),
-        (edit_layer(asymmetric=False), "no layer accounts for"),
+        (edit_layer(group_size=0), "no layer accounts for"),
         (edit_layer(layer_idx=3), "contradicts itself"),
         (drop_tensor, "contradicts itself"),
         (add_tensor, "no layer accounts for"),
@@ -318,7 +317,7 @@ def test_scales_that_are_not_finite(packed: Path, value: float) -> None:
         part = next(part for part in file.layer(2).parts if part.name == "down.scale")
         offset = file.address(2, 1, part) - file.address(2, 0, file.layer(2).parts[0]) + file._data_begin
     bad = bytearray(good)
-    bad[offset : offset + 2] = torch.tensor([value], dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
+    bad[offset : offset + 4] = np.float32(value).tobytes()
     packed.write_bytes(bad)
     inputs = batch(2, 5)
     with make_experts(Weights.random(1), "int4", layer_idx=2) as experts:
@@ -338,7 +337,6 @@ def test_scales_that_are_not_finite(packed: Path, value: float) -> None:
     [
         ({"format": "int8", "group_size": 0}, "format int4"),
         ({"group_size": 64}, "group_size 32"),
-        ({"asymmetric": False}, "asymmetric True"),
         ({"hidden_size": 64}, "hidden_size 80"),
         ({"intermediate_size": 64}, "intermediate_size 48"),
         ({"swiglu_limit": 1.0}, r"swiglu_limit 0\.0"),
@@ -453,7 +451,6 @@ def test_part_numbers_are_those_of_the_library() -> None:
         hidden_size=8,
         intermediate_size=8,
         group_size=32,
-        asymmetric=True,
     )
     parts = PackedLayer.from_config(config, bias=True).parts
     assert len(parts) == 9

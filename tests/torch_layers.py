@@ -20,7 +20,7 @@ from reference.rounding import Array
 
 PLAIN = Activation()
 
-METHOD_FORMATS = {"AMXINT4": Format(2, 32, True), "AMXINT8": Format(1, 128), "BF16": Format(0)}
+METHOD_FORMATS = {"AMXINT4": Format(2, 32), "AMXINT8": Format(1, 128), "BF16": Format(0)}
 
 
 def to_numpy(tensor: torch.Tensor) -> Array:
@@ -94,11 +94,11 @@ class Weights:
         return Layer([self.expert(index) for index in order], form, activation, masked)
 
 
-def form_of(name: str, group_size: int | None = None, asymmetric: bool | None = None) -> Format:
+def form_of(name: str, group_size: int | None = None) -> Format:
     """Format of the reference for a format name of ktk, with ktk's defaults."""
     info = FORMATS[name]
     group = info.default_group_size if group_size is None else group_size
-    return Format(info.code, group, info.asymmetric and group > 0 if asymmetric is None else asymmetric)
+    return Format(info.code, group)
 
 
 def batch(

@@ -45,10 +45,10 @@ FORMAT_INT4 = 2
 FORMAT_FP8 = 3
 PART_GATE_UP_WEIGHT = 0
 PART_GATE_UP_SCALE = 1
-PART_GATE_UP_ZERO = 2
+PART_GATE_UP_FACTORS = 2
 PART_DOWN_WEIGHT = 3
 PART_DOWN_SCALE = 4
-PART_DOWN_ZERO = 5
+PART_DOWN_FACTORS = 5
 PART_GATE_BIAS = 6
 PART_UP_BIAS = 7
 PART_DOWN_BIAS = 8
@@ -89,7 +89,6 @@ class MoeConfig(ctypes.Structure):
         ("max_tokens", c_int32),
         ("format", c_int32),
         ("group_size", c_int32),
-        ("asymmetric", c_int32),
         ("strict", c_int32),
         ("swiglu_limit", c_float),
         ("swiglu_alpha", c_float),
@@ -610,7 +609,6 @@ class Moe(_PoolMember):
         max_tokens: int,
         format: int,
         group_size: int = 0,
-        asymmetric: bool = False,
         strict: bool = False,
         swiglu_limit: SupportsFloat = 0.0,
         swiglu_alpha: SupportsFloat = 0.0,
@@ -631,7 +629,6 @@ class Moe(_PoolMember):
         config.max_tokens = _checks.int32("max_tokens", max_tokens)
         config.format = _checks.int32("format", format)
         config.group_size = _checks.int32("group_size", group_size)
-        config.asymmetric = _checks.flag("asymmetric", asymmetric)
         config.strict = _checks.flag("strict", strict)
         config.swiglu_limit = _checks.number("swiglu_limit", swiglu_limit)
         config.swiglu_alpha = _checks.number("swiglu_alpha", swiglu_alpha)

@@ -26,10 +26,10 @@ FORMAT_INT4 = <int>c.KTK_FORMAT_INT4
 FORMAT_FP8 = <int>c.KTK_FORMAT_FP8
 PART_GATE_UP_WEIGHT = <int>c.KTK_PART_GATE_UP_WEIGHT
 PART_GATE_UP_SCALE = <int>c.KTK_PART_GATE_UP_SCALE
-PART_GATE_UP_ZERO = <int>c.KTK_PART_GATE_UP_ZERO
+PART_GATE_UP_FACTORS = <int>c.KTK_PART_GATE_UP_FACTORS
 PART_DOWN_WEIGHT = <int>c.KTK_PART_DOWN_WEIGHT
 PART_DOWN_SCALE = <int>c.KTK_PART_DOWN_SCALE
-PART_DOWN_ZERO = <int>c.KTK_PART_DOWN_ZERO
+PART_DOWN_FACTORS = <int>c.KTK_PART_DOWN_FACTORS
 PART_GATE_BIAS = <int>c.KTK_PART_GATE_BIAS
 PART_UP_BIAS = <int>c.KTK_PART_UP_BIAS
 PART_DOWN_BIAS = <int>c.KTK_PART_DOWN_BIAS
@@ -316,8 +316,7 @@ cdef class Moe:
 
     def __init__(
         self, pool, *, num_experts, top_k, hidden_size, intermediate_size, max_tokens, format, group_size=0,
-        asymmetric=False, strict=False, swiglu_limit=0.0, swiglu_alpha=0.0, isa=None, gpu_experts_mask_ptr=0,
-        layer_index=0,
+        strict=False, swiglu_limit=0.0, swiglu_alpha=0.0, isa=None, gpu_experts_mask_ptr=0, layer_index=0,
     ):
         cdef c.ktk_moe_config config
         cdef c.ktk_moe *handle = NULL
@@ -337,7 +336,6 @@ cdef class Moe:
         config.max_tokens = _int32("max_tokens", max_tokens)
         config.format = _int32("format", format)
         config.group_size = _int32("group_size", group_size)
-        config.asymmetric = _checks.flag("asymmetric", asymmetric)
         config.strict = _checks.flag("strict", strict)
         config.swiglu_limit = _checks.number("swiglu_limit", swiglu_limit)
         config.swiglu_alpha = _checks.number("swiglu_alpha", swiglu_alpha)

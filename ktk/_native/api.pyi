@@ -26,10 +26,10 @@ FORMAT_INT4: Final = 2
 FORMAT_FP8: Final = 3
 PART_GATE_UP_WEIGHT: Final = 0
 PART_GATE_UP_SCALE: Final = 1
-PART_GATE_UP_ZERO: Final = 2
+PART_GATE_UP_FACTORS: Final = 2
 PART_DOWN_WEIGHT: Final = 3
 PART_DOWN_SCALE: Final = 4
-PART_DOWN_ZERO: Final = 5
+PART_DOWN_FACTORS: Final = 5
 PART_GATE_BIAS: Final = 6
 PART_UP_BIAS: Final = 7
 PART_DOWN_BIAS: Final = 8
@@ -121,9 +121,8 @@ class Moe:
     format : int
         A FORMAT_ constant.
     group_size : int
-        INT8, INT4: 32, 64 or 128 input columns a scale, or 0 for one scale a row. FP8: 128. Else 0.
-    asymmetric : bool
-        INT4 with groups: one zero point a group.
+        INT8, INT4: groups of 32, 64 or 128 input columns, or 0 for one scale a row and no groups. FP8: 128.
+        Else 0.
     strict : bool
         One family of kernels, so that results do not depend on the batch size.
     swiglu_limit, swiglu_alpha : float
@@ -148,7 +147,6 @@ class Moe:
         max_tokens: int,
         format: int,
         group_size: int = 0,
-        asymmetric: bool = False,
         strict: bool = False,
         swiglu_limit: SupportsFloat = 0.0,
         swiglu_alpha: SupportsFloat = 0.0,

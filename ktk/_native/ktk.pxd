@@ -30,10 +30,10 @@ cdef extern from "ktk.h" nogil:
     ctypedef enum ktk_part:
         KTK_PART_GATE_UP_WEIGHT
         KTK_PART_GATE_UP_SCALE
-        KTK_PART_GATE_UP_ZERO
+        KTK_PART_GATE_UP_FACTORS
         KTK_PART_DOWN_WEIGHT
         KTK_PART_DOWN_SCALE
-        KTK_PART_DOWN_ZERO
+        KTK_PART_DOWN_FACTORS
         KTK_PART_GATE_BIAS
         KTK_PART_UP_BIAS
         KTK_PART_DOWN_BIAS
@@ -84,7 +84,6 @@ cdef extern from "ktk.h" nogil:
         int32_t max_tokens
         int32_t format
         int32_t group_size
-        int32_t asymmetric
         int32_t strict
         float swiglu_limit
         float swiglu_alpha

@@ -131,11 +131,6 @@ class FormatChoice:
         """Value of the C enumeration ``ktk_format``."""
         return format_info(self.format).code
 
-    @property
-    def asymmetric(self) -> bool:
-        """Whether groups have zero points, as layers have them by default."""
-        return format_info(self.format).asymmetric and self.group_size > 0
-
 
 def _format_choices() -> dict[str, FormatChoice]:
     choices = {}

@@ -44,10 +44,10 @@ FEW_EXPERTS = 8
 _WEIGHT_PARTS = (
     _native.PART_GATE_UP_WEIGHT,
     _native.PART_GATE_UP_SCALE,
-    _native.PART_GATE_UP_ZERO,
+    _native.PART_GATE_UP_FACTORS,
     _native.PART_DOWN_WEIGHT,
     _native.PART_DOWN_SCALE,
-    _native.PART_DOWN_ZERO,
+    _native.PART_DOWN_FACTORS,
 )
 
 
@@ -311,7 +311,6 @@ class Layers:
                     max_tokens=max_tokens,
                     format=choice.code,
                     group_size=choice.group_size,
-                    asymmetric=choice.asymmetric,
                     isa=isa,
                     layer_index=index,
                 )

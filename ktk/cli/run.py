@@ -37,14 +37,6 @@ def run(
     ],
     format: shared.Format = shared.WeightFormat.int8,
     group_size: shared.GroupSize = None,
-    asymmetric: Annotated[
-        bool | None,
-        typer.Option(
-            "--asymmetric/--symmetric",
-            help="int4 with groups: a zero point for each group, or none.",
-            show_default="asymmetric",
-        ),
-    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 128,
     temperature: Annotated[
         float, typer.Option("--temperature", "-t", min=0.0, help="0: always the most likely token.")
@@ -72,9 +64,7 @@ def run(
     from ktk.integrations.transformers import Options, layers_of, load_model
 
     shared.quiet_transformers()
-    options = Options(
-        format=format.value, group_size=group_size, asymmetric=asymmetric, isa=isa, threads=threads
-    )
+    options = Options(format=format.value, group_size=group_size, isa=isa, threads=threads)
     began = time.perf_counter()
     with shared.layer_progress("packing", not json) as progress:
         model = load_model(model_dir, options, dtype=dtype.value, packed=packed, progress=progress)

@@ -65,10 +65,8 @@ class Options:
     format : str, default "bf16"
         ``"bf16"``, ``"int8"`` or ``"int4"``.
     group_size : int, optional
-        int8, int4: input columns a scale, 32 (default of int4), 64 or 128 (default of int8); 0: one scale a
-        row.
-    asymmetric : bool, optional
-        int4 with groups: one zero point a group, unless False.
+        int8, int4: input columns of a group, 32 (default of int4), 64 or 128 (default of int8); 0: one scale
+        a row and no groups.
     strict : bool, default False
         One kernel family for all batch sizes.
     isa : str, optional
@@ -82,7 +80,6 @@ class Options:
 
     format: str = "bf16"
     group_size: int | None = None
-    asymmetric: bool | None = None
     strict: bool = False
     isa: str | None = None
     threads: int | WorkerPoolConfig | CPUInfer | None = None
@@ -225,7 +222,6 @@ def _layer_config(name: str, module: Any, sizes: tuple[int, int, int], options: 
         intermediate_size=intermediate,
         format=options.format,
         group_size=options.group_size,
-        asymmetric=options.asymmetric,
         swiglu_limit=activation.limit,
         swiglu_alpha=activation.alpha,
         max_tokens=options.max_tokens,

@@ -37,7 +37,7 @@ __all__ = [
     "packed_path",
 ]
 
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 """Version of the tensor names, tile layouts and metadata. A reader refuses any other."""
 
 _KIND = "ktk"
@@ -86,9 +86,7 @@ class PackedLayer:
     format : str
         A key of `ktk.config.FORMATS`.
     group_size : int
-        Input columns a scale; 0 for one scale a row or no scales.
-    asymmetric : bool
-        Whether there are zero points.
+        Input columns of a group; 0 for one scale a row or no scales.
     swiglu_limit, swiglu_alpha : float
         Activation, see `LayerConfig`.
     bias : bool
@@ -102,7 +100,6 @@ class PackedLayer:
     intermediate_size: int
     format: str
     group_size: int
-    asymmetric: bool
     swiglu_limit: float
     swiglu_alpha: float
     bias: bool
@@ -132,7 +129,6 @@ class PackedLayer:
             intermediate_size=config.intermediate_size,
             format=config.format,
             group_size=config.groups,
-            asymmetric=config.zero_points,
             swiglu_limit=config.swiglu_limit,
             swiglu_alpha=config.swiglu_alpha,
             bias=bias,
@@ -173,22 +169,32 @@ class PackedLayer:
                 name="down.weight", code=3, dtype=weight_dtype, shape=(rows_out, blocks(inner, k_step), *tile)
             ),
         ]
+        last: list[PartSpec] = []
         if self.format != "bf16":
             grouped = self.group_size > 0
             groups_in = blocks(hidden, self.group_size) if grouped else 1
             groups_out = blocks(inner, self.group_size) if grouped else 1
-            gate_up, down = (rows_in, groups_in, 2, _TILE_ROWS), (rows_out, groups_out, _TILE_ROWS)
-            scale_dtype = "BF16" if grouped and self.format != "fp8" else "F32"
-            parts.append(PartSpec(name="gate_up.scale", code=1, dtype=scale_dtype, shape=gate_up))
-            parts.append(PartSpec(name="down.scale", code=4, dtype=scale_dtype, shape=down))
+            factors = grouped and self.format == "int4"
+            scales_in, scales_out = (1, 1) if factors else (groups_in, groups_out)
+            scale_dtype = "BF16" if grouped and self.format == "int8" else "F32"
+            for name, code, shape in (
+                ("gate_up.scale", 1, (rows_in, scales_in, 2, _TILE_ROWS)),
+                ("down.scale", 4, (rows_out, scales_out, _TILE_ROWS)),
+            ):
+                parts.append(PartSpec(name=name, code=code, dtype=scale_dtype, shape=shape))
+            if factors:
+                # Of each group: multipliers, then offsets.
+                pairs_in, pairs_out = (
+                    (rows_in, groups_in, 2, 2, _TILE_ROWS),
+                    (rows_out, groups_out, 2, _TILE_ROWS),
+                )
+                last.append(PartSpec(name="gate_up.factors", code=2, dtype="U8", shape=pairs_in))
+                last.append(PartSpec(name="down.factors", code=5, dtype="U8", shape=pairs_out))
         if self.bias:
             parts.append(PartSpec(name="gate.bias", code=6, dtype="F32", shape=(inner,)))
             parts.append(PartSpec(name="up.bias", code=7, dtype="F32", shape=(inner,)))
             parts.append(PartSpec(name="down.bias", code=8, dtype="F32", shape=(hidden,)))
-        if self.asymmetric:
-            parts.append(PartSpec(name="gate_up.zero", code=2, dtype="U8", shape=gate_up))
-            parts.append(PartSpec(name="down.zero", code=5, dtype="U8", shape=down))
-        return tuple(parts)
+        return (*parts, *last)
 
     @property
     def expert_bytes(self) -> int:

@@ -54,18 +54,19 @@ typedef enum ktk_dtype {
 typedef enum ktk_format {
   KTK_FORMAT_BF16 = 0, /* bf16 weights, bf16 activations */
   KTK_FORMAT_INT8 = 1, /* 8-bit weights with one scale a group or a row, int8 activations */
-  KTK_FORMAT_INT4 = 2, /* 4-bit weights with one scale a group or a row, int8 activations */
-  KTK_FORMAT_FP8 = 3   /* e4m3 weights with one scale for 128 columns of a row, bf16 activations */
+  KTK_FORMAT_INT4 =
+      2,             /* 4-bit weights with integer factors a group under one scale a row, int8 activations */
+  KTK_FORMAT_FP8 = 3 /* e4m3 weights with one scale for 128 columns of a row, bf16 activations */
 } ktk_format;
 
 /* The pieces of one packed expert, in the order of ktk_moe_part_bytes. docs/formats.md has the layouts. */
 typedef enum ktk_part {
   KTK_PART_GATE_UP_WEIGHT = 0,
   KTK_PART_GATE_UP_SCALE = 1,
-  KTK_PART_GATE_UP_ZERO = 2,
+  KTK_PART_GATE_UP_FACTORS = 2,
   KTK_PART_DOWN_WEIGHT = 3,
   KTK_PART_DOWN_SCALE = 4,
-  KTK_PART_DOWN_ZERO = 5,
+  KTK_PART_DOWN_FACTORS = 5,
   KTK_PART_GATE_BIAS = 6,
   KTK_PART_UP_BIAS = 7,
   KTK_PART_DOWN_BIAS = 8
@@ -136,9 +137,8 @@ typedef struct ktk_moe_config {
   int32_t intermediate_size; /* I */
   int32_t max_tokens;        /* most tokens in one forward */
   int32_t format;            /* ktk_format */
-  int32_t group_size;        /* INT8, INT4: 32, 64 or 128 input columns a scale, 0: one scale a row;
-                                FP8: 128; else 0 */
-  int32_t asymmetric;        /* INT4 with groups: non-zero for one zero point a group */
+  int32_t group_size;        /* INT8, INT4: groups of 32, 64 or 128 input columns, 0: one scale a row and
+                                no groups; FP8: 128; else 0 */
   int32_t strict;            /* non-zero: one kernel family, so bits do not depend on the batch size */
   float swiglu_limit;        /* > 0: gate at most limit, up within +-limit, before the activation */
   float swiglu_alpha;        /* > 0: gate * sigmoid(alpha * gate) * (up + 1) in place of silu(gate) * up */
@@ -193,7 +193,7 @@ KTK_API ktk_status ktk_moe_part_bytes(const ktk_moe *moe, int32_t part, size_t *
 KTK_API ktk_status ktk_moe_export_part(const ktk_moe *moe, int32_t expert, int32_t part, void *buffer,
                                        size_t bytes);
 /* Copies a part in. Scales and biases that are not finite: KTK_ERR_ARGUMENT. The expert is loaded when
- * both weight parts and the scale and zero parts of the format are in. */
+ * both weight parts and the scale and factor parts of the format are in. */
 KTK_API ktk_status ktk_moe_import_part(ktk_moe *moe, int32_t expert, int32_t part, const void *buffer,
                                        size_t bytes);
 /* Bytes of packed weights the layer holds, all experts and shards. */

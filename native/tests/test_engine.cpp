@@ -21,11 +21,11 @@ namespace {
 constexpr int32_t kExperts = 5, kTopK = 3, kHidden = 100, kIntermediate = 200, kMaxTokens = 64;
 
 struct Form {
-  int32_t format, group_size, asymmetric;
+  int32_t format, group_size;
 };
-constexpr Form kForms[] = {{KTK_FORMAT_BF16, 0, 0},  {KTK_FORMAT_INT8, 0, 0},  {KTK_FORMAT_INT4, 0, 0},
-                           {KTK_FORMAT_INT4, 32, 0}, {KTK_FORMAT_INT4, 64, 1}, {KTK_FORMAT_INT4, 128, 1},
-                           {KTK_FORMAT_FP8, 128, 0}};
+constexpr Form kForms[] = {{KTK_FORMAT_BF16, 0},  {KTK_FORMAT_INT8, 0},  {KTK_FORMAT_INT4, 0},
+                           {KTK_FORMAT_INT4, 32}, {KTK_FORMAT_INT4, 64}, {KTK_FORMAT_INT4, 128},
+                           {KTK_FORMAT_FP8, 128}};
 
 void ok(ktk_status status) {
   if (status != KTK_OK) ktk_test::record_failure(__FILE__, __LINE__, ktk_last_error());
@@ -65,7 +65,6 @@ struct Layer {
     config.max_tokens = kMaxTokens;
     config.format = form.format;
     config.group_size = form.group_size;
-    config.asymmetric = form.asymmetric;
     config.strict = 1;
     config.isa = isa;
     ok(ktk_moe_create(&config, pool.handle, &handle));

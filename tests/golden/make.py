@@ -19,7 +19,7 @@ FORMATS = (
     Format(1),
     *(Format(1, group) for group in (32, 128)),
     Format(2),
-    *(Format(2, group, asymmetric) for asymmetric in (False, True) for group in (32, 64, 128)),
+    *(Format(2, group) for group in (32, 64, 128)),
     Format(3, 128),
 )
 

@@ -26,7 +26,7 @@ FORMS = {
     "int8-row": (Options(format="int8", group_size=0, threads=2), Format(1)),
     "int4": (Options(format="int4", threads=2), Format(2, 32, True)),
     "int4-symmetric-64": (
-        Options(format="int4", group_size=64, asymmetric=False, threads=2),
+        Options(format="int4", group_size=64, threads=2),
         Format(2, 64),
     ),
 }

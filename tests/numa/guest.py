@@ -28,7 +28,7 @@ FORMATS = {
     "int8": (_native.FORMAT_INT8, 0),
     "int4": (_native.FORMAT_INT4, 64),
 }
-PACKED_PARTS = range(_native.PART_GATE_UP_WEIGHT, _native.PART_DOWN_ZERO + 1)
+PACKED_PARTS = range(_native.PART_GATE_UP_WEIGHT, _native.PART_DOWN_FACTORS + 1)
 PAGE = os.sysconf("SC_PAGE_SIZE")
 MOVE_PAGES = 279  # x86-64
 

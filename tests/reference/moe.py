@@ -160,7 +160,7 @@ class Layer:
         if self.form.integer:
             # For each segment the integer sum to fp32 and the product of the scales; and an addition each.
             columns = slice(0, weight.shape[1])
-            additions = 2 + len(segments_of(columns, self.form.group, input_group))
+            additions = 2 + len(segments_of(columns, self.form.scale_group, input_group))
         else:
             additions = min(weight.shape[1], int(CONFIDENCE * np.sqrt(weight.shape[1])))
         error = x.error @ np.abs(weight).T
@@ -241,7 +241,7 @@ class Layer:
     @property
     def input_group(self) -> int:
         """Columns of the input that share a scale; 0 where weights have one a row, and so has the input."""
-        return Z_GROUP if self.form.group else 0
+        return Z_GROUP if self.form.scale_group else 0
 
     def _quantised_input(self, x: Array) -> tuple[npt.NDArray[np.int8], F32Array]:
         """Integers (B, H) and scales (B, groups)."""
@@ -317,16 +317,19 @@ class Layer:
         columns: slice,
     ) -> F32Array:
         """fp32 sums over the segments of `columns` in ascending order, before the bias."""
-        weight = matrix.centred()
+        weight = matrix.q.astype(np.float64)
         total = np.zeros((q.shape[0], weight.shape[0]), np.float32)
         for part in segments_of(columns, matrix.group, scale_group):
             exact = q[:, part].astype(np.float64) @ weight[:, part].T
-            weight_scale = matrix.scale[:, part.start // matrix.group if matrix.group else 0]
-            input_scale = scale[:, part.start // scale_group if scale_group else 0]
-            with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-                both = weight_scale[None, :] * input_scale[:, None]
-            total = fma32(exact.astype(np.float32), both, total)
-        return total
+            by = scale[:, [part.start // scale_group if scale_group else 0]]
+            if matrix.group:
+                with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+                    by = by * matrix.scale[None, :, part.start // matrix.group]
+            total = fma32(exact.astype(np.float32), by, total)
+        if matrix.group:
+            return total
+        with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+            return total * matrix.scale[None, :, 0]
 
     def forward_integer(
         self,

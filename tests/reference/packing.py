@@ -7,7 +7,14 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from .quantise import BlockScaled, QuantisedMatrix, quantise_fp8, quantise_int4, quantise_int8
+from .quantise import (
+    BlockScaled,
+    QuantisedMatrix,
+    int4_codes,
+    quantise_fp8,
+    quantise_int4,
+    quantise_int8,
+)
 from .rounding import BF16, Array, F32Array, round_bf16, to_f32
 
 U8Array = npt.NDArray[np.uint8]
@@ -17,10 +24,10 @@ FORMAT_BF16, FORMAT_INT8, FORMAT_INT4, FORMAT_FP8 = 0, 1, 2, 3
 PART_NAMES = (
     "gate_up_weight",
     "gate_up_scale",
-    "gate_up_zero",
+    "gate_up_factors",
     "down_weight",
     "down_scale",
-    "down_zero",
+    "down_factors",
     "gate_bias",
     "up_bias",
     "down_bias",
@@ -38,19 +45,21 @@ class Format:
     kind : int
         FORMAT_BF16, FORMAT_INT8, FORMAT_INT4 or FORMAT_FP8.
     group : int
-        INT8, INT4: input columns a scale covers, 0 for the whole row; FP8: 128; 0 otherwise.
-    asymmetric : bool
-        INT4 with groups: one zero point a group.
+        INT8, INT4: input columns of a group, 0 for one scale a row and no groups; FP8: 128; 0 otherwise.
     """
 
     kind: int
     group: int = 0
-    asymmetric: bool = False
 
     @property
     def integer(self) -> bool:
         """Whether weights and activations are integers."""
         return self.kind in (FORMAT_INT8, FORMAT_INT4)
+
+    @property
+    def scale_group(self) -> int:
+        """Input columns that share a weight scale, 0 for the whole row; INT4 has integer factors instead."""
+        return 0 if self.kind == FORMAT_INT4 else self.group
 
     @property
     def k_step(self) -> int:
@@ -64,7 +73,7 @@ class Format:
             return "fp8"
         if self.kind == FORMAT_INT8:
             return f"int8-{self.group or 'row'}"
-        return f"int4{'z' if self.asymmetric else ''}-{self.group or 'row'}"
+        return f"int4-{self.group or 'row'}"
 
     def quantise(self, weights: Array) -> QuantisedMatrix | F32Array:
         """Weights as the products see them: a `QuantisedMatrix`, or bf16 values kept as fp32."""
@@ -74,7 +83,7 @@ class Format:
             return quantise_fp8(to_f32(weights)).values()
         if self.kind == FORMAT_INT8:
             return quantise_int8(to_f32(weights), self.group)
-        return quantise_int4(to_f32(weights), self.group, self.asymmetric)
+        return quantise_int4(to_f32(weights), self.group)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,12 +140,15 @@ def pack_weight(matrix: QuantisedMatrix | BlockScaled | F32Array, form: Format) 
         ordered = np.ascontiguousarray(tiles.transpose(0, 2, 3, 1, 4))
         return ordered.reshape(*ordered.shape[:2], -1).view(np.uint8)
     rows, columns = matrix.q.shape
-    offset = 128 if form.kind == FORMAT_INT8 else (0 if form.asymmetric else 8)
-    stored = (matrix.q + offset).astype(np.uint8)
-    stored = _padded(stored, _round_up(rows, TILE_ROWS), _round_up(columns, k_step), offset)
-    if form.asymmetric:
-        last = matrix.q.shape[1]
-        stored[:rows, last:] = np.rint(matrix.zero[:, -1:] / 16).astype(np.uint8)
+    whole = _round_up(rows, TILE_ROWS), _round_up(columns, k_step)
+    if matrix.codes is None:
+        stored = _padded((matrix.q + 128).astype(np.uint8), *whole, 128)
+    else:
+        stored = _padded(matrix.codes, *whole, 8)
+    if matrix.factors is not None:
+        multiplier, offset = matrix.factors[:, -1].astype(np.float32).T
+        zeros = np.zeros((rows, 1), np.float32)
+        stored[:rows, columns:] = int4_codes(zeros, multiplier, offset - np.float32(128))[0].astype(np.uint8)
     blocks = stored.reshape(stored.shape[0] // 16, 16, stored.shape[1] // 64, 64)
     if form.kind == FORMAT_INT8:
         quads = blocks.reshape(*blocks.shape[:3], 16, 4)
@@ -152,6 +164,14 @@ def _by_row_block(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
     """(rows, groups) to (row blocks, groups, 16), rows past the end zero."""
     padded = _padded(values, _round_up(values.shape[0], TILE_ROWS), values.shape[1], 0)
     return padded.reshape(-1, TILE_ROWS, values.shape[1]).transpose(0, 2, 1)
+
+
+def _factors(matrix: QuantisedMatrix) -> U8Array:
+    """(row blocks, groups, 2: multiplier and offset, 16), rows past the end 1 and 120."""
+    assert matrix.factors is not None
+    rows = _round_up(matrix.factors.shape[0], TILE_ROWS)
+    planes = [_padded(matrix.factors[:, :, i], rows, matrix.factors.shape[1], (1, 120)[i]) for i in (0, 1)]
+    return np.stack([_by_row_block(plane) for plane in planes], axis=2).astype(np.uint8)
 
 
 def _bytes(values: npt.NDArray[np.generic]) -> U8Array:
@@ -181,10 +201,11 @@ def pack(weights: ExpertWeights, form: Format) -> dict[str, U8Array]:
         pair = [_by_row_block(_stored_scale(matrix)) for matrix in (gate, up)]
         parts["gate_up_scale"] = _bytes(np.stack(pair, axis=2))
         parts["down_scale"] = _bytes(_by_row_block(_stored_scale(down)))
-        if form.asymmetric:
-            pair = [_by_row_block(matrix.zero.astype(np.uint8)) for matrix in (gate, up)]
-            parts["gate_up_zero"] = _bytes(np.stack(pair, axis=2))
-            parts["down_zero"] = _bytes(_by_row_block(down.zero.astype(np.uint8)))
+        if form.kind == FORMAT_INT4 and form.group:
+            assert isinstance(gate, QuantisedMatrix) and isinstance(up, QuantisedMatrix)
+            assert isinstance(down, QuantisedMatrix)
+            parts["gate_up_factors"] = _bytes(np.stack([_factors(gate), _factors(up)], axis=2))
+            parts["down_factors"] = _bytes(_factors(down))
     for name, bias, rows in (
         ("gate_bias", weights.gate_bias, weights.intermediate_size),
         ("up_bias", weights.up_bias, weights.intermediate_size),

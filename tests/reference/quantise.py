@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from .rounding import F32Array, round_bf16
+from .rounding import F32Array, fma32, round_bf16
 
 #: Largest magnitude below which a group counts as all zero.
 TINY = np.float32(2.0**-100)
@@ -57,30 +57,25 @@ class QuantisedMatrix:
     Attributes
     ----------
     q : ndarray of int16, shape (rows, columns)
-        Stored integers without their storage offset: -127 .. 127 (INT8), -8 .. 7 (INT4 symmetric),
-        0 .. 15 (INT4 asymmetric).
+        The integers that scales multiply: -127 .. 127 (INT8), -128 .. 127 (INT4).
     scale : ndarray of float32, shape (rows, groups)
-    zero : ndarray of int16, shape (rows, groups)
-        Zero points in sixteenths, 0 for the symmetric formats.
     group : int
         Columns a scale covers, 0 for the whole row.
+    codes : ndarray of uint8, shape (rows, columns), optional
+        INT4: what is stored for `q`, 0 .. 15.
+    factors : ndarray of uint8, shape (rows, groups of factors, 2), optional
+        INT4 with groups: multiplier and offset, ``q = multiplier * code + offset - 128``.
     """
 
     q: npt.NDArray[np.int16]
     scale: F32Array
-    zero: npt.NDArray[np.int16]
     group: int
-
-    def centred(self) -> npt.NDArray[np.float64]:
-        """Integers with the zero point taken off, exact, shape (rows, columns)."""
-        out = self.q.astype(np.float64)
-        for index, columns in enumerate(groups_of(self.q.shape[1], self.group)):
-            out[:, columns] -= self.zero[:, index : index + 1] / 16
-        return out
+    codes: npt.NDArray[np.uint8] | None = None
+    factors: npt.NDArray[np.uint8] | None = None
 
     def values(self) -> npt.NDArray[np.float64]:
         """Exact values that the integers stand for, shape (rows, columns)."""
-        out = self.centred()
+        out = self.q.astype(np.float64)
         for index, columns in enumerate(groups_of(self.q.shape[1], self.group)):
             out[:, columns] *= self.scale[:, index : index + 1].astype(np.float64)
         return out
@@ -89,18 +84,17 @@ class QuantisedMatrix:
 def quantise_int8(weights: F32Array, group: int) -> QuantisedMatrix:
     """INT8 weights: bf16 scales for groups of `group` columns, or one fp32 scale a row when `group` is 0."""
     rows, columns = weights.shape
-    zero = np.zeros((rows, len(groups_of(columns, group))), np.int16)
     if group == 0:
         q, scale = quantise_symmetric8(weights)
-        return QuantisedMatrix(q.astype(np.int16), scale[:, None], zero, 0)
+        return QuantisedMatrix(q.astype(np.int16), scale[:, None], 0)
     whole = np.zeros((rows, columns), np.int16)
-    scales = np.zeros(zero.shape, np.float32)
+    scales = np.zeros((rows, len(groups_of(columns, group))), np.float32)
     for index, part in enumerate(groups_of(columns, group)):
         scale = round_bf16(quantise_symmetric8(weights[:, part])[1])
         scaled = weights[:, part] * _inverse(scale)[:, None]
         whole[:, part] = np.clip(np.rint(scaled), -127, 127).astype(np.int16)
         scales[:, index] = scale
-    return QuantisedMatrix(whole, scales, zero, group)
+    return QuantisedMatrix(whole, scales, group)
 
 
 def _inverse(scale: F32Array) -> F32Array:
@@ -108,86 +102,73 @@ def _inverse(scale: F32Array) -> F32Array:
     return np.where(scale == 0, np.float32(0), np.float32(1) / np.where(scale == 0, np.float32(1), scale))
 
 
-def _codes(block: F32Array, scale: F32Array, zero: F32Array, lowest: int) -> F32Array:
-    """Codes lowest .. lowest + 15 of (rows, n); `zero` in sixteenths."""
-    scaled = block * _inverse(scale)[:, None] + (zero * np.float32(0.0625))[:, None]
-    return np.rint(np.clip(scaled, np.float32(lowest), np.float32(lowest + 15))).astype(np.float32)
+def int4_codes(values: F32Array, multiplier: F32Array, offset: F32Array) -> tuple[F32Array, F32Array]:
+    """Codes 0 .. 15 of (rows, n) in units of the row's scale, and how far each is off."""
+    above = values - offset[:, None]
+    scaled = above * (np.float32(1) / multiplier)[:, None]
+    codes = np.rint(np.clip(scaled, np.float32(0), np.float32(15)))
+    return codes, above - multiplier[:, None] * codes
 
 
-def _zero_point(level: F32Array, value: F32Array, inverse: F32Array) -> F32Array:
-    """Sixteenths, 0 .. 240, that put code `level` at `value`."""
-    return np.clip(np.rint((level - value * inverse) * np.float32(16)), 0, 240).astype(np.float32)
+def _fit_int4_group(values: F32Array) -> tuple[F32Array, F32Array]:
+    """Multiplier 1 .. 15 and offset -128 .. 127 of each row, by search; `values` in units of its scale."""
+    low = np.minimum(values.min(axis=1), np.float32(0))
+    high = np.maximum(values.max(axis=1), np.float32(0))
+    best = [np.zeros_like(low), np.zeros_like(low), np.full_like(low, np.inf)]
+
+    def keep_better(multiplier: F32Array, offset: F32Array) -> None:
+        offset = np.clip(offset, np.float32(-128), np.float32(127) - np.float32(15) * multiplier)
+        error = np.zeros_like(low)
+        for column in int4_codes(values, multiplier, offset)[1].T:
+            error = fma32(column, column, error)
+        better = error < best[2]
+        for kept, tried in zip(best, (multiplier, offset, error), strict=True):
+            kept[better] = tried[better]
+
+    span = np.rint((high - low) * (np.float32(1) / np.float32(15)))
+    for less in (0, 1):
+        multiplier = np.clip(span - np.float32(less), np.float32(1), np.float32(15))
+        keep_better(multiplier, np.rint((low + high) * np.float32(0.5) - np.float32(7.5) * multiplier))
+    multiplier, middle = best[0].copy(), best[1].copy()
+    for move in (-1, 1, -2, 2, -3, 3):
+        keep_better(multiplier, middle + np.float32(move))
+    return best[0], best[1]
 
 
-def _summed(values: F32Array) -> F32Array:
-    """Sum over the last axis, in fp32 and in ascending order."""
-    total = np.zeros(values.shape[0], np.float32)
-    for column in range(values.shape[1]):
-        total = total + values[:, column]
-    return total
+def _int4_row_scales(weights: F32Array, group: int) -> F32Array:
+    """Scales under which the widest group spans 15 multipliers and the largest weight fits a byte."""
+    widest = np.zeros(weights.shape[0], np.float32)
+    for part in groups_of(weights.shape[1], group):
+        block = weights[:, part]
+        low = np.minimum(block.min(axis=1), np.float32(0))
+        widest = np.maximum(widest, np.maximum(block.max(axis=1), np.float32(0)) - low)
+    largest = quantise_symmetric8(weights)[1]
+    steps = widest * (np.float32(1) / np.float32(225))
+    return np.where(largest == 0, np.float32(0), np.maximum(steps, largest))
 
 
-def _fit_int4_group(
-    block: F32Array, group: int, asymmetric: bool
-) -> tuple[npt.NDArray[np.int16], F32Array, npt.NDArray[np.int16]]:
-    """Codes, scale and zero point (rows, n), (rows,), (rows,) by alternating least squares."""
-    count = np.float32(block.shape[1])
-    lowest = 0 if asymmetric else -8
-    low = np.minimum(block.min(axis=1), np.float32(0))
-    high = np.maximum(block.max(axis=1), np.float32(0))
-    extreme = np.where(high > -low, high, low)
-    with np.errstate(all="ignore"):
-        spread = (high - low) / np.float32(15) if asymmetric else extreme / np.float32(-8)
-        start = spread * np.float32(1 if group == 32 else 0.953125)
-        start = np.where(np.abs(extreme) < TINY, np.float32(0), start).astype(np.float32)
-        scale = round_bf16(start)
-        zero = np.zeros_like(scale)
-        if asymmetric:
-            middle = (low + high) * np.float32(0.5)
-            zero = np.where(scale == 0, zero, _zero_point(np.float32(7.5), middle, _inverse(scale)))
-        value_sum = _summed(block)
-        for _ in range(3):
-            q = _codes(block, scale, zero, lowest)
-            codes, squares, products = _summed(q), _summed(q * q), _summed(block * q)
-            if asymmetric:
-                covariance = count * products - codes * value_sum
-                variance = count * squares - codes * codes
-            else:
-                covariance, variance = products, squares
-            fitted = np.where(variance > 0, covariance / np.where(variance > 0, variance, 1), 0)
-            fitted = round_bf16(fitted.astype(np.float32))
-            ratio = fitted * _inverse(scale)
-            sound = (ratio > 0.25) & (ratio < 4)
-            scale = np.where(sound, fitted, scale)
-            if asymmetric:
-                moved = _zero_point(codes / count, value_sum / count, _inverse(scale))
-                zero = np.where(sound, moved, zero)
-    return _codes(block, scale, zero, lowest).astype(np.int16), scale, zero.astype(np.int16)
-
-
-def _int4_rows(block: F32Array) -> tuple[npt.NDArray[np.int16], F32Array]:
-    """Quantise with one fp32 scale a row."""
-    extreme = np.take_along_axis(block, np.argmax(np.abs(block), axis=1)[:, None], axis=1)[:, 0]
-    scale = np.where(np.abs(extreme) >= TINY, extreme / np.float32(-8), np.float32(0)).astype(np.float32)
-    return _codes(block, scale, np.zeros_like(scale), -8).astype(np.int16), scale
-
-
-def quantise_int4(weights: F32Array, group: int, asymmetric: bool) -> QuantisedMatrix:
-    """INT4 weights: bf16 scales for groups of `group` columns, or one fp32 scale a row when `group` is 0."""
-    if asymmetric and group == 0:
-        raise ValueError("asymmetric INT4 needs groups")
+def quantise_int4(weights: F32Array, group: int) -> QuantisedMatrix:
+    """INT4 weights: one fp32 scale a row, and for groups of `group` columns integer factors under it."""
     rows, columns = weights.shape
     slices = groups_of(columns, group)
+    multiplier = np.ones((rows, len(slices)), np.float32)
+    offset = np.full((rows, len(slices)), -8, np.float32)
+    codes = np.zeros((rows, columns), np.uint8)
     q = np.zeros((rows, columns), np.int16)
-    scale = np.zeros((rows, len(slices)), np.float32)
-    zero = np.zeros((rows, len(slices)), np.int16)
+    if group == 0:
+        extreme = np.take_along_axis(weights, np.argmax(np.abs(weights), axis=1)[:, None], axis=1)[:, 0]
+        scale = np.where(np.abs(extreme) >= TINY, extreme / np.float32(-8), np.float32(0)).astype(np.float32)
+    else:
+        scale = _int4_row_scales(weights, group)
+    values = weights * _inverse(scale)[:, None]
     for index, part in enumerate(slices):
-        if group == 0:
-            q[:, part], scale[:, index] = _int4_rows(weights[:, part])
-        else:
-            block = weights[:, part]
-            q[:, part], scale[:, index], zero[:, index] = _fit_int4_group(block, group, asymmetric)
-    return QuantisedMatrix(q, scale, zero, group)
+        if group > 0:
+            multiplier[:, index], offset[:, index] = _fit_int4_group(values[:, part])
+        of_part, _ = int4_codes(values[:, part], multiplier[:, index], offset[:, index])
+        codes[:, part] = of_part.astype(np.uint8)
+        q[:, part] = (multiplier[:, [index]] * of_part + offset[:, [index]]).astype(np.int16)
+    factors = np.stack([multiplier, offset + 128], axis=2).astype(np.uint8) if group else None
+    return QuantisedMatrix(q, scale[:, None], 0, codes, factors)
 
 
 @dataclasses.dataclass(frozen=True)

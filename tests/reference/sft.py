@@ -288,7 +288,7 @@ class Trainer:
         """A weight as the transposed product reads it: grouped scales make a rounding to bf16."""
         matrix = getattr(expert, name)
         weight = exact(_values(matrix))
-        return rounded(weight) if self.layer.form.integer and self.layer.form.group else weight
+        return rounded(weight) if self.layer.form.integer and self.layer.form.scale_group else weight
 
     def backward(
         self,
@@ -301,7 +301,7 @@ class Trainer:
     ) -> Gradients:
         """Gradients of a sum whose gradient by the output is `grad`, before their roundings."""
         layer, adapters = self.layer, self.adapters
-        row_scaled = layer.form.integer and not layer.form.group
+        row_scaled = layer.form.integer and not layer.form.scale_group
         grad_output = exact(round_bf16(grad))
         experts, hidden, inner = len(layer.experts), layer.hidden_size, layer.intermediate_size
         grad_input = exact(np.zeros((x.shape[0], hidden)))

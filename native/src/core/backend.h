@@ -37,11 +37,14 @@ struct Gemm {
   int32_t weight_groups;    // scales along K, for one output row; 0 for bf16
   int32_t row_groups;       // activation scales along K, 0 for bf16
   int32_t group_columns;    // weight group size, depth for one scale a row; 0: no scales
-  int32_t scale_is_bf16;
-  int32_t asymmetric;
+  int32_t scale_is_bf16;    // scales of groups; those of rows are fp32
+  int32_t factor_groups;    // groups with integer factors under one scale a row; 0: none
+  int32_t factor_shift;     // column >> factor_shift: its group of factors
+  int32_t sums;             // of a row of activations, see FormatKernels::pair_sums
+  int32_t sums_per_row_group;
 };
 
-// One expert's activations; scale [rows][row_groups], sum [rows][segments]: integer formats only.
+// One expert's activations; scale [rows][row_groups], sum [rows][sums]: integer formats only.
 struct Rows {
   uint8_t *data;
   float *scale;
@@ -52,7 +55,7 @@ struct Rows {
 struct Weights {
   const uint8_t *tiles;
   const uint8_t *scale;
-  const uint8_t *zero;
+  const uint8_t *factors;
 };
 
 struct QuantiseArgs {
@@ -127,8 +130,8 @@ struct PackArgs {
   int32_t first_column;  // where the shard's columns begin
   uint8_t *tiles;        // of step s: tiles + s * step_stride_bytes
   int64_t step_stride_bytes;
-  uint8_t *scale;  // of group g: 16 scales at element g * group_stride
-  uint8_t *zero;
+  uint8_t *scale;    // of group g: 16 scales at element g * group_stride
+  uint8_t *factors;  // of group g: 16 multipliers and 16 offsets at byte g * 2 * group_stride
   int64_t group_stride;
   const float *block_scale;  // of e4m3 rows, one for every 128 columns of the unsharded row; else null
 };
@@ -174,9 +177,12 @@ struct FormatKernels {
   const char *name;
   int32_t tile_bytes;
   int32_t step_columns;
-  int32_t zero_point;  // what a stored value of 0 means, for symmetric weights
-  int32_t integer;     // int8 activations with scales, else bf16
-  int32_t tile_rows;   // rows from which the matrix-unit kernel is used; 0: never
+  int32_t integer;  // int8 activations with scales, else bf16
+  int32_t factors;  // groups have integer factors under one scale a row, instead of scales
+  // Sums of activations are needed for each half of a step, as two 16-bit numbers, the first half in the low
+  // one; else one for each segment.
+  int32_t pair_sums;
+  int32_t tile_rows;  // rows from which the matrix-unit kernel is used; 0: never
   void (*quantise)(const QuantiseArgs *);
   void (*gather)(const GatherArgs *);
   void (*gate_up)(const GateUpArgs *);

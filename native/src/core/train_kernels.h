@@ -103,7 +103,7 @@ struct PackPairsArgs {
 // the transposed product. K runs over its outputs; with gate and up, 32 of gate and 32 of up by turns.
 struct ExpandArgs {
   const Gemm *gemm;
-  const uint8_t *tiles, *scale, *zero;  // the projection's
+  const uint8_t *tiles, *scale, *factors;  // the projection's
   int32_t panels;
   int32_t projections;            // 1, or 2 for gate and up
   int32_t first_column, columns;  // first_column on 64
@@ -113,7 +113,7 @@ struct ExpandArgs {
 // One panel of a packed projection in fp32, row by row.
 struct UnpackArgs {
   const Gemm *gemm;
-  const uint8_t *tiles, *scale, *zero;  // the panel's
+  const uint8_t *tiles, *scale, *factors;  // the panel's
   int32_t projections, which;
   float *const *rows;  // [16], null: not wanted
 };

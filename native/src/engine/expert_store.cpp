@@ -13,9 +13,11 @@ namespace {
 constexpr int kPartCount = 9;
 constexpr int64_t kLine = 64;
 constexpr int64_t kPage = 4096;
+constexpr int64_t kFactorBytes = 2 * kPanelColumns;  // multipliers and offsets of a group in a panel
+constexpr int kMostByte = 255;                       // multiplier times a code of 15, and the offset
 
-constexpr const char *kPartNames[kPartCount] = {"gate/up weight", "gate/up scale", "gate/up zero point",
-                                                "down weight",    "down scale",    "down zero point",
+constexpr const char *kPartNames[kPartCount] = {"gate/up weight", "gate/up scale", "gate/up factors",
+                                                "down weight",    "down scale",    "down factors",
                                                 "gate bias",      "up bias",       "down bias"};
 
 int64_t scale_bytes(const Gemm &gemm) { return gemm.scale_is_bf16 ? 2 : 4; }
@@ -32,14 +34,14 @@ int64_t bytes_of(ktk_part part, const FormatKernels &kernels, const Gemm &gate_u
       return gate_panels * gate_up.steps * 2 * kernels.tile_bytes;
     case KTK_PART_GATE_UP_SCALE:
       return gate_scales * scale_bytes(gate_up);
-    case KTK_PART_GATE_UP_ZERO:
-      return gate_up.asymmetric ? gate_scales : 0;
+    case KTK_PART_GATE_UP_FACTORS:
+      return gate_panels * gate_up.factor_groups * 2 * kFactorBytes;
     case KTK_PART_DOWN_WEIGHT:
       return down_panels * down.steps * kernels.tile_bytes;
     case KTK_PART_DOWN_SCALE:
       return down_scales * scale_bytes(down);
-    case KTK_PART_DOWN_ZERO:
-      return down.asymmetric ? down_scales : 0;
+    case KTK_PART_DOWN_FACTORS:
+      return down_panels * down.factor_groups * kFactorBytes;
     case KTK_PART_GATE_BIAS:
     case KTK_PART_UP_BIAS:
       return intermediate * 4;
@@ -76,14 +78,11 @@ ExpertStore::ExpertStore(const ktk_moe_config &config, const FormatKernels &kern
       hidden_size_(config.hidden_size),
       intermediate_size_(config.intermediate_size),
       present_(static_cast<size_t>(config.num_experts)) {
-  const bool asymmetric = config.asymmetric != 0;
   // Where weights have a scale a row, so has the input: its products are one segment.
-  const int32_t input_group = config.group_size > 0 ? kActivationGroup : 0;
-  const auto gate_up = [&] {
-    return make_gemm(kernels, hidden_size_, config.group_size, asymmetric, input_group);
-  };
+  const int32_t input_group = config.group_size > 0 && !kernels.factors ? kActivationGroup : 0;
+  const auto gate_up = [&] { return make_gemm(kernels, hidden_size_, config.group_size, input_group); };
   const auto down = [&](int32_t depth) {
-    return make_gemm(kernels, depth, config.group_size, asymmetric, kActivationGroup);
+    return make_gemm(kernels, depth, config.group_size, kActivationGroup);
   };
   gate_up_ = gate_up();
   down_ = down(intermediate_size_);
@@ -160,7 +159,7 @@ void ExpertStore::for_each_piece(int32_t expert, ktk_part part, Move move) const
       move(address, int64_t{0}, bytes);
     } else if (part == KTK_PART_GATE_BIAS || part == KTK_PART_UP_BIAS) {
       move(address, int64_t{shard.range.first} * 4, bytes);
-    } else if (part <= KTK_PART_GATE_UP_ZERO) {
+    } else if (part <= KTK_PART_GATE_UP_FACTORS) {
       move(address, shard.range.first / kPanelColumns * (bytes / shard.panels), bytes);
     } else {
       // A panel's pieces follow each other along the intermediate dimension; a scale for the whole row is
@@ -170,9 +169,10 @@ void ExpertStore::for_each_piece(int32_t expert, ktk_part part, Move move) const
       int64_t first = 0;
       if (part == KTK_PART_DOWN_WEIGHT) {
         first = shard.range.first / kernels_.step_columns * kernels_.tile_bytes;
+      } else if (part == KTK_PART_DOWN_FACTORS) {
+        first = shard.range.first / down_.group_columns * kFactorBytes;
       } else if (down_.weight_groups > 1) {
-        const int64_t width = part == KTK_PART_DOWN_ZERO ? 1 : scale_bytes(down_);
-        first = shard.range.first / down_.group_columns * kPanelColumns * width;
+        first = shard.range.first / down_.group_columns * kPanelColumns * scale_bytes(down_);
       }
       for (int64_t q = 0; q < down_panels; q++) move(address + q * panel, q * whole_panel + first, panel);
     }
@@ -190,11 +190,14 @@ void ExpertStore::check(int32_t expert, ktk_part part, size_t bytes) const {
 
 void ExpertStore::check_values(int32_t expert, ktk_part part, const void *buffer, size_t bytes) const {
   if (part == KTK_PART_GATE_UP_WEIGHT || part == KTK_PART_DOWN_WEIGHT) return;
-  if (part == KTK_PART_GATE_UP_ZERO || part == KTK_PART_DOWN_ZERO) {
+  if (part == KTK_PART_GATE_UP_FACTORS || part == KTK_PART_DOWN_FACTORS) {
+    const auto *factors = static_cast<const uint8_t *>(buffer);
     for (size_t i = 0; i < bytes; i++) {
-      require(static_cast<const uint8_t *>(buffer)[i] <= 15 * 16, "layer ", layer_index_, ", expert ", expert,
-              ": ", kPartNames[part], " ", int{static_cast<const uint8_t *>(buffer)[i]},
-              " is not in 0 to 240; the packed weights are damaged");
+      if (i / kPanelColumns % 2 != 0) continue;
+      const int multiplier = factors[i], offset = factors[i + kPanelColumns];
+      require(multiplier > 0 && multiplier * 15 + offset <= kMostByte, "layer ", layer_index_, ", expert ",
+              expert, ": in the ", kPartNames[part], ", multiplier ", multiplier, " with offset ", offset,
+              " does not keep weights within a byte; the packed weights are damaged");
     }
     return;
   }
@@ -266,7 +269,7 @@ void ExpertStore::pack(int32_t expert, const ktk_expert_weights &weights) {
   std::atomic<bool> finite{true};
   const auto pack_panel = [&](int which, int64_t rows, int64_t row, int64_t columns, const Gemm &gemm,
                               int64_t first_column, uint8_t *tiles, int64_t step_stride, uint8_t *scale,
-                              uint8_t *zero, int64_t group_stride) {
+                              uint8_t *factors, int64_t group_stride) {
     const void *pointers[kPanelColumns];
     const void *matrix = matrices[which];
     const float *scales = block_scales[which];
@@ -285,7 +288,7 @@ void ExpertStore::pack(int32_t expert, const ktk_expert_weights &weights) {
                            tiles,
                            step_stride,
                            scale,
-                           zero,
+                           factors,
                            group_stride,
                            scales};
     if (kernels_.pack(&args) != 0) finite.store(false, std::memory_order_relaxed);
@@ -305,9 +308,10 @@ void ExpertStore::pack(int32_t expert, const ktk_expert_weights &weights) {
             slot(shard, expert, KTK_PART_GATE_UP_WEIGHT) + panel * gemm.steps * 2 * tile + which * tile;
         uint8_t *scale = slot(shard, expert, KTK_PART_GATE_UP_SCALE) +
                          (panel * scales + which * kPanelColumns) * scale_bytes(gemm);
-        uint8_t *zero = slot(shard, expert, KTK_PART_GATE_UP_ZERO) + panel * scales + which * kPanelColumns;
+        uint8_t *factors = slot(shard, expert, KTK_PART_GATE_UP_FACTORS) +
+                           (panel * gemm.factor_groups * 2 + which) * kFactorBytes;
         pack_panel(which, intermediate_size_, shard.range.first + panel * kPanelColumns, hidden_size_, gemm,
-                   0, tiles, 2 * tile, scale, zero, 2 * kPanelColumns);
+                   0, tiles, 2 * tile, scale, factors, 2 * kPanelColumns);
       }
     } else {
       const Gemm &gemm = shard.down;
@@ -316,7 +320,8 @@ void ExpertStore::pack(int32_t expert, const ktk_expert_weights &weights) {
       pack_panel(2, hidden_size_, q * kPanelColumns, intermediate_size_, gemm, shard.range.first,
                  slot(shard, expert, KTK_PART_DOWN_WEIGHT) + q * gemm.steps * tile, tile,
                  slot(shard, expert, KTK_PART_DOWN_SCALE) + q * scales * scale_bytes(gemm),
-                 slot(shard, expert, KTK_PART_DOWN_ZERO) + q * scales, kPanelColumns);
+                 slot(shard, expert, KTK_PART_DOWN_FACTORS) + q * gemm.factor_groups * kFactorBytes,
+                 kPanelColumns);
     }
   };
   run_section(pool_, {Stage::pack, layer_index_}, units.data(), unit);
@@ -364,7 +369,8 @@ void ExpertStore::unpack(int32_t expert, float *gate, float *up, float *down) co
         &gemm,
         part(index, expert, weight) + panel * gemm.steps * projections * kernels_.tile_bytes,
         part(index, expert, static_cast<ktk_part>(weight + 1)) + panel * scales * scale_bytes(gemm),
-        part(index, expert, static_cast<ktk_part>(weight + 2)) + panel * scales,
+        part(index, expert, static_cast<ktk_part>(weight + 2)) +
+            panel * gemm.factor_groups * projections * kFactorBytes,
         projections,
         projection,
         rows};

@@ -4,8 +4,7 @@
 
 namespace ktk {
 
-Gemm make_gemm(const FormatKernels &kernels, int32_t depth, int32_t group_size, bool asymmetric,
-               int32_t row_group_columns) {
+Gemm make_gemm(const FormatKernels &kernels, int32_t depth, int32_t group_size, int32_t row_group_columns) {
   Gemm gemm{};
   gemm.depth = depth;
   gemm.steps = static_cast<int32_t>(divide_up(depth, kernels.step_columns));
@@ -21,14 +20,21 @@ Gemm make_gemm(const FormatKernels &kernels, int32_t depth, int32_t group_size, 
     return gemm;
   }
 
-  gemm.asymmetric = asymmetric;
-  gemm.scale_is_bf16 = group_size > 0;
   gemm.group_columns = group_size > 0 ? group_size : depth;
-  gemm.weight_groups = group_size > 0 ? static_cast<int32_t>(divide_up(depth, group_size)) : 1;
   gemm.row_groups = row_group_columns > 0 ? static_cast<int32_t>(divide_up(depth, row_group_columns)) : 1;
-  if (group_size == 0 && row_group_columns == 0) return gemm;
+  gemm.sums = kernels.pair_sums != 0 ? gemm.steps : 1;
+  gemm.sums_per_row_group = gemm.sums;
+  // Integer factors leave sums whole; scales of groups cut them.
+  const int32_t scale_columns = kernels.factors != 0 ? 0 : group_size;
+  if (kernels.factors != 0 && group_size > 0) {
+    gemm.factor_groups = static_cast<int32_t>(divide_up(depth, group_size));
+    while (1 << gemm.factor_shift < group_size) gemm.factor_shift++;
+  }
+  gemm.scale_is_bf16 = scale_columns > 0;
+  gemm.weight_groups = scale_columns > 0 ? static_cast<int32_t>(divide_up(depth, scale_columns)) : 1;
+  if (scale_columns == 0 && row_group_columns == 0) return gemm;
 
-  int32_t segment_columns = group_size > 0 ? group_size : row_group_columns;
+  int32_t segment_columns = scale_columns > 0 ? scale_columns : row_group_columns;
   if (row_group_columns > 0) segment_columns = std::min(segment_columns, row_group_columns);
   gemm.segments = static_cast<int32_t>(divide_up(depth, segment_columns));
   gemm.halves = segment_columns * 2 == kernels.step_columns ? 2 : 1;
@@ -37,6 +43,12 @@ Gemm make_gemm(const FormatKernels &kernels, int32_t depth, int32_t group_size, 
   if (row_group_columns > 0) {
     gemm.row_group_shift = 0;
     while (segment_columns << gemm.row_group_shift < row_group_columns) gemm.row_group_shift++;
+  }
+  if (kernels.pair_sums == 0) {
+    gemm.sums = gemm.segments;
+    gemm.sums_per_row_group = gemm.segments_per_row_group;
+  } else if (row_group_columns > 0) {
+    gemm.sums_per_row_group = row_group_columns / kernels.step_columns;
   }
   return gemm;
 }

@@ -14,8 +14,7 @@ constexpr const char *kFormatsText = "0 (bf16), 1 (int8), 2 (int4) or 3 (fp8)";
 inline bool is_format(int32_t format) { return format >= 0 && format < kFormats; }
 
 // `row_group_columns`: columns that share an activation scale; 0: one for the whole row.
-Gemm make_gemm(const FormatKernels &kernels, int32_t depth, int32_t group_size, bool asymmetric,
-               int32_t row_group_columns);
+Gemm make_gemm(const FormatKernels &kernels, int32_t depth, int32_t group_size, int32_t row_group_columns);
 
 // Columns [first, last) of the intermediate that a shard holds; both on kIntermediateGroup, except the end.
 struct ShardRange {

@@ -46,8 +46,6 @@ ktk_moe_config checked(const ktk_moe_config &config) {
           "layer ", config.layer_index, ": group_size ", group,
           " is not supported; int8 and int4 take 32, 64, 128 or 0 (one scale a row), fp8 takes 128, bf16 "
           "takes 0");
-  require(!config.asymmetric || (config.format == KTK_FORMAT_INT4 && group > 0), "layer ", config.layer_index,
-          ": asymmetric needs format int4 with a group_size of 32, 64 or 128");
   require(config.swiglu_limit >= 0 && config.swiglu_alpha >= 0, "layer ", config.layer_index,
           ": swiglu_limit and swiglu_alpha must not be negative or NaN, got ", config.swiglu_limit, " and ",
           config.swiglu_alpha);
@@ -168,7 +166,7 @@ void Moe::place(Batch &batch, bool measuring) const {
     Rows placed{};
     placed.data = arena.place<uint8_t>(count * gemm.steps * kStepBytes);
     placed.scale = arena.place<float>(count * gemm.row_groups);
-    placed.sum = arena.place<int32_t>(count * gemm.segments);
+    placed.sum = arena.place<int32_t>(count * gemm.sums);
     return placed;
   };
   const auto row_count = static_cast<int64_t>(batch.route.tokens.size());
@@ -225,7 +223,7 @@ void Moe::gather(Batch &batch) const {
                const Block block = blocks[static_cast<size_t>(unit)];
                const Rows to = {batch.by_row.data + int64_t{block.row} * gemm.steps * kStepBytes,
                                 batch.by_row.scale + int64_t{block.row} * gemm.row_groups,
-                                batch.by_row.sum + int64_t{block.row} * gemm.segments};
+                                batch.by_row.sum + int64_t{block.row} * gemm.sums};
                const GatherArgs args = {&gemm, batch.by_token, batch.route.tokens.data() + block.row,
                                         block.count, to};
                kernels_.gather(&args);
@@ -234,7 +232,7 @@ void Moe::gather(Batch &batch) const {
 
 Rows rows_from(const Rows &rows, const Gemm &gemm, int64_t row) {
   return {rows.data + row * gemm.steps * kStepBytes, rows.scale + row * gemm.row_groups,
-          rows.sum + row * gemm.segments};
+          rows.sum + row * gemm.sums};
 }
 
 Weights weights_of(const ExpertStore &store, int shard, int32_t expert, ktk_part weight) {

@@ -88,7 +88,7 @@ void Training::grad_down(Run &run) const {
     const ExpandArgs expand = {&shard.down,
                                weights.tiles,
                                weights.scale,
-                               weights.zero,
+                               weights.factors,
                                static_cast<int32_t>(divide_up(config.hidden_size, kPanelColumns)),
                                1,
                                column,
@@ -205,9 +205,15 @@ void Training::grad_gate_up(Run &run) const {
     for (int64_t e = 0; e < run.experts(); e++) {
       const Route::Expert &expert = run.expert(static_cast<int32_t>(e));
       const Weights weights = weights_of(moe_.store(), s, expert.id, KTK_PART_GATE_UP_WEIGHT);
-      const ExpandArgs expand = {
-          &shard.gate_up, weights.tiles, weights.scale, weights.zero, static_cast<int32_t>(shard.panels), 2,
-          column,         columns,       worker.tiles};
+      const ExpandArgs expand = {&shard.gate_up,
+                                 weights.tiles,
+                                 weights.scale,
+                                 weights.factors,
+                                 static_cast<int32_t>(shard.panels),
+                                 2,
+                                 column,
+                                 columns,
+                                 worker.tiles};
       moe_.kernels_.expand(&expand);
       const Gemm &rank = run.extra.gate_up_rank;
       LoraProduct lora{};

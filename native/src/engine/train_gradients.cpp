@@ -9,7 +9,7 @@ void Training::Run::sum_gradient(const Backend &backend, const Worker &worker, i
   const auto panels = static_cast<int32_t>(divide_up(columns, kPanelColumns));
   for (int32_t first = 0; first < expert_rows; first += kBlockTokens) {
     const int32_t rows = rows_of_chunk(expert_rows, first, kBlockTokens);
-    const Gemm gemm = make_gemm(backend.formats[KTK_FORMAT_BF16], rows, 0, false, 0);
+    const Gemm gemm = make_gemm(backend.formats[KTK_FORMAT_BF16], rows, 0, 0);
     if (rows % 32 != 0) {
       for (int64_t panel = 1; panel <= panels; panel++)
         std::memset(worker.tiles + (panel * gemm.steps - 1) * kTileBytes, 0, kTileBytes);
@@ -63,7 +63,7 @@ void Training::transpose_factors(Run &run) const {
     if (!wanted[which / blocks]) return;
     const Run::Chunk block = run.blocks[static_cast<size_t>(which % blocks)];
     const Route::Expert &expert = run.expert(block.expert);
-    const Gemm gemm = make_gemm(bf16, block.rows, 0, false, 0);
+    const Gemm gemm = make_gemm(bf16, block.rows, 0, 0);
     const TransposeRowsArgs transpose = {
         matrix(factor.values + int64_t{expert.first} * factor.stride, KTK_DTYPE_F32,
                factor.first + factor.columns, factor.stride),
@@ -225,7 +225,7 @@ void Training::grad_base(Run &run) const {
     const int64_t column = index % pieces * kIntermediateGroup;
     const auto last = static_cast<int32_t>(std::min<int64_t>(column + kIntermediateGroup, shard.columns()));
     const Route::Expert &expert = run.expert(block.expert);
-    const Gemm gemm = make_gemm(bf16, block.rows, 0, false, 0);
+    const Gemm gemm = make_gemm(bf16, block.rows, 0, 0);
     uint8_t *to = factor_of(part, shard, which) + run.block_offset(block) * shard.columns() * kStepBytes;
     const Gemm &source_gemm = which == 2 ? part.z_gemm : part.gate_up_gemm;
     const uint8_t *values = which == 2 ? part.z : part.gate_up;

@@ -77,7 +77,7 @@ void Training::start(Run &run) const {
   const ExpertStore &store = moe_.store();
   const ktk_moe_config &config = moe_.config();
   const FormatKernels &bf16 = moe_.backend().formats[KTK_FORMAT_BF16];
-  const auto gemm = [&](int64_t depth) { return make_gemm(bf16, static_cast<int32_t>(depth), 0, false, 0); };
+  const auto gemm = [&](int64_t depth) { return make_gemm(bf16, static_cast<int32_t>(depth), 0, 0); };
   run.tokens = run.state.tokens;
   run.rows = static_cast<int64_t>(run.route.tokens.size());
   run.adapted = adapted();

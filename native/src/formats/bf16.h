@@ -8,6 +8,7 @@ struct Bf16 {
   static constexpr int kStepColumns = 32;
   static constexpr int kTileBytes = 1024;
   static constexpr bool kInteger = false;
+  static constexpr bool kFactors = false;
   static constexpr bool kExpands = false;
   static constexpr bool kScaledToBf16 = false;
   static constexpr int kZeroPoint = 0;
@@ -30,7 +31,7 @@ struct Bf16 {
 
   // Columns 2 `pair` and 2 `pair` + 1 of the 16 rows.
   template <class Ops>
-  KTK_INLINE void columns(const uint8_t *tile, int pair, typename Ops::I, typename Ops::F *even,
+  KTK_INLINE void columns(const uint8_t *tile, int pair, const uint8_t *, typename Ops::F *even,
                           typename Ops::F *odd) {
     const typename Ops::I words = Ops::load_i(tile + pair * 64);
     *even = Ops::as_f(Ops::shift_left_16(words));

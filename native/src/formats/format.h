@@ -5,15 +5,16 @@
 //   kStepColumns     input columns of one 64-byte step of an activation row
 //   kTileBytes       bytes of one tile: 16 output rows by kStepColumns
 //   kInteger         int8 activations with scales, or bf16 ones without
+//   kFactors         groups of columns have integer factors under one scale a row (integer formats)
 //   kScaledToBf16    weights that turn into a bf16 tile as they are read; kStepsOfScale steps share a scale
-//   kZeroPoint       integer formats: the stored value that means 0 (symmetric weights)
+//   kZeroPoint       integer formats: the byte that means 0
 //   step             adds one step of MR activation rows (64 bytes apart) times NT tiles; not where tiles
 //                    turn into bf16
 //   kExpands         whether a tile must be expanded to be a matrix-unit operand
-//   expand_tile      if so: into the given 1024 bytes, with the scales of its 16 rows if kScaledToBf16
+//   expand_tile      if so: into the given 1024 bytes, with the scales of its 16 rows if kScaledToBf16, with
+//                    their factors if kFactors
 //   columns          two columns of a tile in fp32, less the zero point and before the scale
-//   pack             16 output rows into tiles, scales and zero points; 1 if a weight or a scale is not
-//                    finite
+//   pack             16 output rows into tiles, scales and factors; 1 if a weight or a scale is not finite
 //
 // docs/adding-a-format.md walks through one.
 #pragma once
@@ -22,8 +23,18 @@
 #include "kernels/inline.h"
 #include "kernels/rows.h"
 
-// Packing sees a panel as vectors of its 16 output rows, one for each input column: scales and zero points
-// are then vectors too, and 4 columns of codes are one line of a tile.
+// The factors of the two halves of a step for tiles side by side: 16 multipliers, then 16 offsets.
+struct StepFactors {
+  const uint8_t *low, *high;
+  int64_t tile_stride_bytes;
+  const int32_t *sums;  // with pair sums: those of the rows' step, row_stride apart
+  int64_t row_stride;
+};
+
+constexpr int kFactorBytes = 2 * kPanelColumns;  // of a group in a panel
+
+// Packing sees a panel as vectors of its 16 output rows, one for each input column: scales and factors are
+// then vectors too, and 4 columns of codes are one line of a tile.
 
 constexpr int kPackColumns = 128;  // columns packed at a time: a multiple of every group and step
 

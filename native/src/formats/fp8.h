@@ -13,6 +13,7 @@ struct Fp8 {
   static constexpr int kStepColumns = 32;
   static constexpr int kTileBytes = 512;
   static constexpr bool kInteger = false;
+  static constexpr bool kFactors = false;
   static constexpr bool kExpands = true;
   static constexpr bool kScaledToBf16 = true;
   static constexpr int kZeroPoint = 0;
@@ -35,7 +36,7 @@ struct Fp8 {
 
   // Columns 2 `pair` and 2 `pair` + 1 of the 16 rows, before the scale.
   template <class Ops>
-  KTK_INLINE void columns(const uint8_t *tile, int pair, typename Ops::I, typename Ops::F *even,
+  KTK_INLINE void columns(const uint8_t *tile, int pair, const uint8_t *, typename Ops::F *even,
                           typename Ops::F *odd) {
     const typename Ops::I quads = Ops::load_i(tile + pair / 2 * 64);
     const typename Ops::I mask = Ops::set1_i(0x7f << 20);
@@ -57,7 +58,7 @@ struct Fp8 {
     for (int pair = 0; pair < rolled(16); pair += 2) {
       for (int i = 0; i < 2; i++) {
         typename Ops::F even, odd;
-        columns<Ops>(tile + pair / 2 * 64, i, Ops::zero_i(), &even, &odd);
+        columns<Ops>(tile + pair / 2 * 64, i, nullptr, &even, &odd);
         Ops::store_i(operand + (pair + i) * 64, Ops::join_bf16(Ops::mul(even, scale), Ops::mul(odd, scale)));
       }
     }

@@ -11,6 +11,7 @@ struct Int8 {
   static constexpr int kStepColumns = 64;
   static constexpr int kTileBytes = 1024;
   static constexpr bool kInteger = true;
+  static constexpr bool kFactors = false;
   static constexpr bool kExpands = false;
   static constexpr bool kScaledToBf16 = false;
   static constexpr int kZeroPoint = 128;
@@ -31,14 +32,14 @@ struct Int8 {
 
   template <class Ops, int NT, int MR, int Halves>
   KTK_INLINE void step(typename Ops::I (&sum)[Halves][MR][NT], const uint8_t *rows, const uint8_t *tiles,
-                       int64_t tile_stride_bytes) {
+                       int64_t tile_stride_bytes, const StepFactors &) {
     quads<Ops, NT, MR>(sum[0], rows, tiles, tile_stride_bytes, 0, rolled(16 / Halves));
     if constexpr (Halves == 2) quads<Ops, NT, MR>(sum[1], rows, tiles, tile_stride_bytes, 8, rolled(16));
   }
 
   // Columns 2 `pair` and 2 `pair` + 1 of the 16 rows, before the scale.
   template <class Ops>
-  KTK_INLINE void columns(const uint8_t *tile, int pair, typename Ops::I, typename Ops::F *even,
+  KTK_INLINE void columns(const uint8_t *tile, int pair, const uint8_t *, typename Ops::F *even,
                           typename Ops::F *odd) {
     const typename Ops::I quads = Ops::load_i(tile + pair / 2 * 64);
     const typename Ops::I both = pair % 2 == 0 ? quads : Ops::shift_right_i(quads, 16);

@@ -49,8 +49,9 @@ constexpr FormatKernels kernels_of() {
   kernels.name = Format::kName;
   kernels.tile_bytes = Format::kTileBytes;
   kernels.step_columns = Format::kStepColumns;
-  kernels.zero_point = Format::kZeroPoint;
   kernels.integer = Format::kInteger;
+  kernels.factors = Format::kFactors;
+  kernels.pair_sums = kPairSums<Ops, Format>;
   kernels.tile_rows = Ops::template kTileRows<Format>;
   kernels.quantise = quantise_rows<Ops, Format>;
   kernels.gather = gather_block<Ops, Format>;

@@ -172,6 +172,7 @@ static void gate_up(const GateUpArgs *args) {
   const int rows_of_pass = pass_rows<Ops, Format>(gemm, tiles, args->rows);
   const int64_t panel_bytes = (int64_t)gemm.steps * 2 * Format::kTileBytes;
   const int64_t panel_scales = (int64_t)gemm.weight_groups * 2 * kPanelColumns;
+  const int64_t panel_factors = (int64_t)gemm.factor_groups * 2 * kFactorBytes;
   float *activated = args->scratch + kSumFloats;  // [rows of the pass][kIntermediateGroup]
   for (int group = args->first_column; group < args->last_column; group += kIntermediateGroup) {
     const int columns = least(kIntermediateGroup, args->last_column - group);
@@ -182,10 +183,13 @@ static void gate_up(const GateUpArgs *args) {
                        panel_bytes,
                        2 * Format::kTileBytes,
                        args->weights.scale + panel * panel_scales * (gemm.scale_is_bf16 ? 2 : 4),
-                       args->weights.zero + panel * panel_scales,
                        kPanelColumns,
                        panel_scales,
                        2 * kPanelColumns,
+                       args->weights.factors + panel * panel_factors,
+                       kFactorBytes,
+                       panel_factors,
+                       2 * kFactorBytes,
                        args->input,
                        args->rows};
     const int tile_count = (columns + kPanelColumns - 1) / kPanelColumns * 2;
@@ -204,10 +208,10 @@ static void gate_up(const GateUpArgs *args) {
         uint8_t *first_step = to.data + group / Format::kStepColumns * to.step_stride_bytes;
         if constexpr (Format::kInteger) {
           const int64_t index = group / kIntermediateGroup;
-          quantise_group<Ops>(
-              values, KTK_DTYPE_F32, 0, columns, segment_columns(next, Format::kStepColumns), first_step,
+          quantise_group<Ops, kPairSums<Ops, Format>>(
+              values, KTK_DTYPE_F32, 0, columns, sum_columns<Ops, Format>(next), first_step,
               to.step_stride_bytes, args->output.scale + (int64_t)row * next.row_groups + index,
-              args->output.sum + (int64_t)row * next.segments + index * next.segments_per_row_group);
+              args->output.sum + (int64_t)row * next.sums + index * next.sums_per_row_group);
         } else {
           round_group<Ops>(values, KTK_DTYPE_F32, 0, columns, first_step, to.step_stride_bytes);
         }
@@ -247,6 +251,7 @@ static void down(const DownArgs *args) {
   const int rows_of_pass = pass_rows<Ops, Format>(gemm, tiles, args->rows);
   const int64_t panel_bytes = (int64_t)gemm.steps * Format::kTileBytes;
   const int64_t panel_scales = (int64_t)gemm.weight_groups * kPanelColumns;
+  const int64_t panel_factors = (int64_t)gemm.factor_groups * kFactorBytes;
   const int panels = args->last_panel - args->first_panel;
   const Product p = {args->gemm,
                      args->weights.tiles + args->first_panel * panel_bytes,
@@ -254,10 +259,13 @@ static void down(const DownArgs *args) {
                      2 * panel_bytes,
                      Format::kTileBytes,
                      args->weights.scale + args->first_panel * panel_scales * (gemm.scale_is_bf16 ? 2 : 4),
-                     args->weights.zero + args->first_panel * panel_scales,
                      panel_scales,
                      2 * panel_scales,
                      kPanelColumns,
+                     args->weights.factors + args->first_panel * panel_factors,
+                     panel_factors,
+                     2 * panel_factors,
+                     kFactorBytes,
                      args->input,
                      args->rows};
   Product added = {};

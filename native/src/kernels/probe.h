@@ -69,11 +69,11 @@ struct NibbleDot {
   typedef typename Ops::I Activations;
   KTK_INLINE Weights weights(const uint8_t *p) { return Ops::low_nibbles(Ops::load_i(p)); }
   KTK_INLINE Activations activations(const uint8_t *p) { return Ops::quad_u4(p); }
-  KTK_INLINE Sum zero() { return Ops::begin_quads(Ops::zero_i()); }
+  KTK_INLINE Sum zero() { return Ops::zero_quads(); }
   KTK_INLINE Sum dot(Sum sum, Weights w, Activations a) { return Ops::add_quad(sum, w, a); }
   KTK_INLINE typename Ops::I total() { return Ops::zero_i(); }
   KTK_INLINE typename Ops::I add(typename Ops::I total, Sum sum) {
-    return Ops::add_i(total, Ops::end_quads(Ops::zero_i(), sum));
+    return Ops::add_quads(total, sum, Ops::set1_i(0x00010001));
   }
   KTK_INLINE void store(int32_t *p, typename Ops::I total) { Ops::store_i(p, total); }
 };
@@ -172,7 +172,7 @@ constexpr ProductLoops product_loops() {
     loops.loop[count++] = vector_loop<Ops, Bf16Dot<Ops>, 4>("dot product, 4 sums");
     loops.loop[count++] = vector_loop<Ops, Bf16Dot<Ops>, 12>("dot product, 12 sums");
     loops.loop[count++] = vector_loop<Ops, FusedMultiplyAdd<Ops>, 5>("multiply and add, 5 sums");
-  } else if constexpr (Format::kMultiply == Multiply::byte) {
+  } else if constexpr (Format::kMultiply == Multiply::byte || !Ops::kPairSums) {
     loops.loop[count++] = vector_loop<Ops, ByteDot<Ops>, 2>("dot product, 2 sums");
     loops.loop[count++] = vector_loop<Ops, ByteDot<Ops>, 12>("dot product, 12 sums");
   } else {

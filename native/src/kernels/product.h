@@ -29,8 +29,10 @@ struct Product {
   int64_t tile_stride_bytes;  // within a pair
   int64_t pair_stride_bytes;
   int64_t step_stride_bytes;
-  const uint8_t *scale, *zero;
+  const uint8_t *scale;
   int64_t scale_tile_stride, scale_pair_stride, scale_group_stride;  // in scales
+  const uint8_t *factors;
+  int64_t factor_tile_stride, factor_pair_stride, factor_group_stride;  // in bytes
   Rows rows;
   int32_t row_count;
   bool accumulate = false;  // adds to what the output holds
@@ -47,7 +49,7 @@ struct Product {
     Product rest = *this;
     rest.tiles += first / 2 * pair_stride_bytes;
     rest.scale += first / 2 * scale_pair_stride * (gemm->scale_is_bf16 ? 2 : 4);
-    rest.zero += first / 2 * scale_pair_stride;
+    rest.factors += first / 2 * factor_pair_stride;
     return rest;
   }
   // The other tile of a pair.
@@ -55,7 +57,7 @@ struct Product {
     Product other = *this;
     other.tiles += tile_stride_bytes;
     other.scale += scale_tile_stride * (gemm->scale_is_bf16 ? 2 : 4);
-    other.zero += scale_tile_stride;
+    other.factors += factor_tile_stride;
     return other;
   }
   KTK_MEMBER int64_t scale_offset(int j, int group) const {
@@ -63,57 +65,59 @@ struct Product {
   }
 };
 
-// Weight scales and zero points of 16 columns in one segment.
-template <class Ops>
-struct SegmentScale {
-  typename Ops::F scale;
-  typename Ops::I zero;  // asymmetric weights only
-};
+// Of rows without groups of factors: multipliers of 1, and offsets that take 8 off.
+alignas(64) constexpr uint8_t kNoFactors[kFactorBytes] = {
+    1,   1,   1,   1,   1,   1,   1,   1,   1,   1,   1,   1,   1,   1,   1,   1,
+    120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120, 120};
 
-// A weight group is a segment, or the whole row.
+// The factors of tile j's two halves of a step. A last half that is all padding has none, and takes those
+// before it: its activations are zero.
+KTK_INLINE StepFactors step_factors(const Product &p, int step, int j) {
+  const Gemm &gemm = *p.gemm;
+  if (gemm.factor_groups == 0) return {kNoFactors, kNoFactors, 0, nullptr, 0};
+  const uint8_t *factors = p.factors + j / 2 * p.factor_pair_stride + j % 2 * p.factor_tile_stride;
+  const int low = step * 64 >> gemm.factor_shift, high = (step * 64 + 32) >> gemm.factor_shift;
+  return {factors + low * p.factor_group_stride,
+          factors + least(high, gemm.factor_groups - 1) * p.factor_group_stride, p.factor_tile_stride,
+          nullptr, 0};
+}
+
+// Weight scales of 16 columns in one segment, or of the whole row.
 template <class Ops>
-KTK_INLINE SegmentScale<Ops> segment_scale(const Product &p, int segment, int j) {
+KTK_INLINE typename Ops::F weight_scale(const Product &p, int segment, int j) {
   const int64_t at = p.scale_offset(j, p.gemm->weight_groups == 1 ? 0 : segment);
-  return {p.gemm->scale_is_bf16 ? Ops::load_bf16((const uint16_t *)p.scale + at)
-                                : Ops::load_f((const float *)p.scale + at),
-          p.gemm->asymmetric ? Ops::load_u8(p.zero + at) : Ops::zero_i()};
+  return p.gemm->scale_is_bf16 ? Ops::load_bf16((const uint16_t *)p.scale + at)
+                               : Ops::load_f((const float *)p.scale + at);
 }
 
-// What a sum of stored values starts from, so that the zero point of symmetric weights is taken off.
-template <class Ops, class Format>
-KTK_INLINE typename Ops::I segment_start(const Gemm &gemm, int32_t row_sum) {
-  return gemm.asymmetric ? Ops::zero_i() : Ops::set1_i(-Format::kZeroPoint * row_sum);
+// What a sum of bytes starts from, so that what stands for 0 is taken off.
+template <class Format>
+KTK_INLINE int32_t segment_start(int32_t row_sum) {
+  return -Format::kZeroPoint * row_sum;
 }
 
-// Adds the sums of one segment and row, begun with segment_start, to the row's 16 outputs. Zero points of
-// asymmetric weights count sixteenths: so does the sum, and the scale makes up for it, exactly.
-template <class Ops, bool Asymmetric>
-KTK_INLINE void add_scaled(const SegmentScale<Ops> &scale, typename Ops::I sum, float row_scale,
-                           int32_t row_sum, float *out) {
-  if constexpr (Asymmetric) {
-    sum = Ops::sub_i(Ops::shift_left_4(sum), Ops::mul_short(scale.zero, Ops::set1_i(row_sum)));
-    row_scale *= 0.0625f;
-  }
-  Ops::store_f(out,
-               Ops::fma(Ops::from_i(sum), Ops::mul(scale.scale, Ops::set1_f(row_scale)), Ops::load_f(out)));
+// Adds the exact sums of one segment and row to the row's 16 outputs. Grouped: times the weights' scale,
+// which else is one for the row and waits until all segments are there.
+template <class Ops, bool Grouped>
+KTK_INLINE void add_scaled(typename Ops::F weight_scale, typename Ops::I sum, float row_scale, float *out) {
+  typename Ops::F by = Ops::set1_f(row_scale);
+  if constexpr (Grouped) by = Ops::mul(weight_scale, by);
+  Ops::store_f(out, Ops::fma(Ops::from_i(sum), by, Ops::load_f(out)));
 }
 
 // Adds a segment of MR rows and NT tiles to their outputs.
-template <class Ops, int NT, int MR, bool Asymmetric>
+template <class Ops, int NT, int MR, bool Grouped>
 KTK_INLINE void add_segment(const Product &p, int segment, int row, const typename Ops::I (&sum)[MR][NT],
                             float *out, int out_stride) {
   const Gemm &gemm = *p.gemm;
-  SegmentScale<Ops> scale[NT];
-  for (int j = 0; j < NT; j++) scale[j] = segment_scale<Ops>(p, segment, j);
+  typename Ops::F scale[NT];
+  for (int j = 0; j < NT; j++) scale[j] = Grouped ? weight_scale<Ops>(p, segment, j) : Ops::zero_f();
   const float *row_scale = p.rows.scale + (int64_t)row * gemm.row_groups + (segment >> gemm.row_group_shift);
-  const int32_t *row_sum = p.rows.sum + (int64_t)row * gemm.segments + segment;
   for (int r = 0; r < MR; r++) {
     for (int j = 0; j < NT; j++) {
-      add_scaled<Ops, Asymmetric>(scale[j], sum[r][j], *row_scale, *row_sum,
-                                  out + r * out_stride + j * kPanelColumns);
+      add_scaled<Ops, Grouped>(scale[j], sum[r][j], row_scale[r * gemm.row_groups],
+                               out + r * out_stride + j * kPanelColumns);
     }
-    row_scale += gemm.row_groups;
-    row_sum += gemm.segments;
   }
 }
 
@@ -125,28 +129,43 @@ static void integer_rows(const Product &p, const RowAddress address, int row, fl
   }
   const uint8_t *rows = address.data;
   const uint8_t *tiles = p.tiles;
+  const int32_t *row_sums = p.rows.sum + (int64_t)row * gemm.sums;
   for (int step = 0, segment = 0; step < gemm.steps; segment += Halves) {
     typename Ops::I sum[Halves][MR][NT];
     for (int h = 0; h < Halves; h++) {
       for (int r = 0; r < MR; r++) {
         // A step of two halves may end in one that is all padding, which has no sum.
-        const bool padding = segment + h >= gemm.segments;
-        const int32_t row_sum = padding ? 0 : p.rows.sum[(int64_t)(row + r) * gemm.segments + segment + h];
-        for (int j = 0; j < NT; j++) sum[h][r][j] = segment_start<Ops, Format>(gemm, row_sum);
+        const bool none = kPairSums<Ops, Format> || segment + h >= gemm.segments;
+        const int32_t row_sum = none ? 0 : row_sums[(int64_t)r * gemm.sums + segment + h];
+        for (int j = 0; j < NT; j++) sum[h][r][j] = Ops::set1_i(segment_start<Format>(row_sum));
       }
     }
     const int stop = step + gemm.segment_steps < gemm.steps ? step + gemm.segment_steps : gemm.steps;
     for (; step < stop; step++) {
-      Format::template step<Ops, NT, MR, Halves>(sum, rows, tiles, p.tile_stride_bytes);
+      StepFactors factors = {};
+      if constexpr (Format::kFactors) {
+        factors = step_factors(p, step, 0);
+        factors.sums = row_sums + step;
+        factors.row_stride = gemm.sums;
+      }
+      Format::template step<Ops, NT, MR, Halves>(sum, rows, tiles, p.tile_stride_bytes, factors);
       rows += address.step_stride_bytes;
       tiles += p.step_stride_bytes;
     }
     for (int h = 0; h < Halves && segment + h < gemm.segments; h++) {
-      if (gemm.asymmetric) {
+      if (gemm.scale_is_bf16) {
         add_segment<Ops, NT, MR, true>(p, segment + h, row, sum[h], out, out_stride);
       } else {
         add_segment<Ops, NT, MR, false>(p, segment + h, row, sum[h], out, out_stride);
       }
+    }
+  }
+  if (gemm.scale_is_bf16) return;
+  for (int j = 0; j < NT; j++) {
+    const typename Ops::F scale = weight_scale<Ops>(p, 0, j);
+    for (int r = 0; r < MR; r++) {
+      float *target = out + r * out_stride + j * kPanelColumns;
+      Ops::store_f(target, Ops::mul(Ops::load_f(target), scale));
     }
   }
 }
@@ -176,9 +195,9 @@ KTK_INLINE void expand_tile(const Product &p, int step, int j, uint8_t *operand)
   const uint8_t *tile = p.tiles + (int64_t)step * p.step_stride_bytes + p.tile_offset_bytes(j);
   if constexpr (Format::kScaledToBf16) {
     const int group = step / Format::kStepsOfScale;
-    Format::template expand_tile<Ops>(tile, segment_scale<Ops>(p, group, j).scale, operand);
+    Format::template expand_tile<Ops>(tile, weight_scale<Ops>(p, group, j), operand);
   } else {
-    Format::template expand_tile<Ops>(tile, operand);
+    Format::template expand_tile<Ops>(tile, step_factors(p, step, j), operand);
   }
 }
 
@@ -188,6 +207,8 @@ KTK_INLINE void vector_rows(const Product &p, int row, float *out, int out_strid
   const RowAddress address = row_address(p.rows.data, *p.gemm, p.row_count, row);
   if constexpr (!Format::kInteger) {
     float_rows<Ops, Format, NT, MR>(p, address, out, out_stride);
+  } else if constexpr (Format::kFactors) {
+    integer_rows<Ops, Format, NT, MR, 1>(p, address, row, out, out_stride);
   } else if (p.gemm->halves == 2) {
     integer_rows<Ops, Format, NT, MR, 2>(p, address, row, out, out_stride);
   } else {

@@ -88,10 +88,11 @@ KTK_INLINE Int8Scale int8_scale(int32_t amax_bits) {
 }
 
 // Quantises values [first, last) of a row to int8 with one scale, into the steps of `row`, and zeroes the
-// rest of the last step. `first` is on a step; segments are counted from it.
-template <class Ops>
+// rest of the last step. `first` is on a step; sums are of `sum_columns` columns each, counted from it.
+// Pairs: a sum is two, each of half as many columns, in the halves of a word.
+template <class Ops, bool Pairs>
 KTK_INLINE void quantise_group(const void *values, int32_t dtype, int64_t first, int64_t last,
-                               int64_t segment_columns, uint8_t *row, int64_t step_stride_bytes, float *scale,
+                               int64_t sum_columns, uint8_t *row, int64_t step_stride_bytes, float *scale,
                                int32_t *sums) {
   const int32_t amax_bits = largest_magnitude_bits<Ops>(values, dtype, first, last);
   const Int8Scale s = int8_scale(amax_bits);
@@ -100,18 +101,25 @@ KTK_INLINE void quantise_group(const void *values, int32_t dtype, int64_t first,
   const int64_t end = (last + kStepBytes - 1) / kStepBytes * kStepBytes;
   // A non-finite row multiplies 0 by its NaN scale, never a rounded NaN.
   const bool finite = amax_bits < kInfinityBits;
-  for (int64_t segment = first; segment < end; segment += segment_columns) {
-    const int64_t segment_end = segment + segment_columns < end ? segment + segment_columns : end;
-    typename Ops::I sum = Ops::zero_i();
-    for (int64_t i = segment; i < segment_end; i += 16) {
+  for (int64_t part = first; part < end; part += sum_columns) {
+    const int64_t part_end = part + sum_columns < end ? part + sum_columns : end;
+    typename Ops::I sum = Ops::zero_i(), low = Ops::zero_i();
+    for (int64_t i = part; i < part_end; i += 16) {
+      if (Pairs && i == part + sum_columns / 2) {
+        low = sum;
+        sum = Ops::zero_i();
+      }
       const typename Ops::I q =
           i < last && finite ? Ops::round_i(Ops::mul(load_values<Ops>(values, dtype, i, last), inverse))
                              : Ops::zero_i();
       Ops::store_low_bytes(row + i / kStepBytes * step_stride_bytes + i % kStepBytes, q);
       sum = Ops::add_i(sum, q);
     }
-    // The last step may hold a segment that is all padding, which has no sum.
-    if (segment < last) *sums++ = Ops::reduce_add_i(sum);
+    // The last step may hold a part that is all padding, which has no sum.
+    if (part >= last) continue;
+    int32_t total = Ops::reduce_add_i(sum);
+    if (Pairs) total = (int32_t)((uint32_t)total << 16 | ((uint32_t)Ops::reduce_add_i(low) & 0xffff));
+    *sums++ = total;
   }
 }
 
@@ -127,8 +135,14 @@ KTK_INLINE void round_group(const void *values, int32_t dtype, int64_t first, in
   }
 }
 
-KTK_INLINE int64_t segment_columns(const Gemm &gemm, int step_columns) {
-  return gemm.halves == 2 ? step_columns / 2 : (int64_t)gemm.segment_steps * step_columns;
+template <class Ops, class Format>
+constexpr bool kPairSums = Format::kFactors && Ops::kPairSums;
+
+// Columns of one sum of activations, or of one pair of them.
+template <class Ops, class Format>
+KTK_INLINE int64_t sum_columns(const Gemm &gemm) {
+  if (kPairSums<Ops, Format>) return Format::kStepColumns;
+  return gemm.halves == 2 ? Format::kStepColumns / 2 : (int64_t)gemm.segment_steps * Format::kStepColumns;
 }
 
 // Where row `index` of `rows` rows lies: its first step, and the distance between its steps.
@@ -153,13 +167,14 @@ static void quantise_rows(const QuantiseArgs *args) {
     const void *values = (const uint8_t *)args->input + t * gemm.depth * value_bytes;
     uint8_t *row = args->rows.data + t * row_bytes;
     if constexpr (Format::kInteger) {
-      const int64_t columns = segment_columns(gemm, Format::kStepColumns);
-      const int64_t group_columns = gemm.row_groups == 1 ? gemm.depth : columns * gemm.segments_per_row_group;
+      const int64_t columns = sum_columns<Ops, Format>(gemm);
+      const int64_t group_columns = gemm.row_groups == 1 ? gemm.depth : columns * gemm.sums_per_row_group;
       for (int64_t group = 0; group < gemm.row_groups; group++) {
         const int64_t first = group * group_columns, last = first + group_columns;
-        quantise_group<Ops>(values, args->dtype, first, last < gemm.depth ? last : gemm.depth, columns, row,
-                            kStepBytes, args->rows.scale + t * gemm.row_groups + group,
-                            args->rows.sum + t * gemm.segments + group * gemm.segments_per_row_group);
+        quantise_group<Ops, kPairSums<Ops, Format>>(
+            values, args->dtype, first, last < gemm.depth ? last : gemm.depth, columns, row, kStepBytes,
+            args->rows.scale + t * gemm.row_groups + group,
+            args->rows.sum + t * gemm.sums + group * gemm.sums_per_row_group);
       }
     } else {
       round_group<Ops>(values, args->dtype, 0, gemm.depth, row, kStepBytes);
@@ -180,8 +195,8 @@ static void gather_block(const GatherArgs *args) {
     if constexpr (Format::kInteger) {
       __builtin_memcpy(args->to.scale + (int64_t)r * gemm.row_groups,
                        args->from.scale + token * gemm.row_groups, (uint64_t)gemm.row_groups * 4);
-      __builtin_memcpy(args->to.sum + (int64_t)r * gemm.segments, args->from.sum + token * gemm.segments,
-                       (uint64_t)gemm.segments * 4);
+      __builtin_memcpy(args->to.sum + (int64_t)r * gemm.sums, args->from.sum + token * gemm.sums,
+                       (uint64_t)gemm.sums * 4);
     }
   }
 }

@@ -40,10 +40,10 @@ KTK_INLINE void prefetch_far(const uint8_t *tile) {
   for (int line = 0; line < 16; line++) __builtin_prefetch(tile + line * 64, 0, 2);
 }
 
-// What the rows of a panel contribute to the sums of one segment: [row].
+// The scales of a panel's rows in one segment, and what their sums start from.
 struct SegmentRows {
   alignas(64) float scale[kTileBlocks * kBlockRows];
-  alignas(64) int32_t sum[kTileBlocks * kBlockRows];
+  alignas(64) int32_t start[kTileBlocks * kBlockRows];
 };
 
 struct TileState {
@@ -110,31 +110,30 @@ KTK_INLINE float *tile_sums(float *out, int block, int tile_count, int tile) {
   return out + ((int64_t)block * tile_count + tile) * kSumTileFloats;
 }
 
+template <class Format>
 KTK_INLINE void load_segment_rows(const Product &p, int segment, int first_row, int rows, SegmentRows &to) {
   const Gemm &gemm = *p.gemm;
   const float *scale =
       p.rows.scale + (int64_t)first_row * gemm.row_groups + (segment >> gemm.row_group_shift);
-  const int32_t *sum = p.rows.sum + (int64_t)first_row * gemm.segments + segment;
+  const int32_t *sum = p.rows.sum + (int64_t)first_row * gemm.sums + segment;
   for (int r = 0; r < rows; r++) {
     to.scale[r] = scale[(int64_t)r * gemm.row_groups];
-    to.sum[r] = sum[(int64_t)r * gemm.segments];
+    to.start[r] = segment_start<Format>(sum[(int64_t)r * gemm.sums]);
   }
 }
 
 // Adds the exact sums of a segment, [rows][16], to the rows' outputs for one tile of columns; `out_stride`
 // floats from one block of rows to the next.
-template <class Ops, class Format, bool Asymmetric>
+template <class Ops, bool Grouped>
 KTK_INLINE void add_tile_segment(const Product &p, int tile, int segment, const SegmentRows &of, int rows,
                                  const int32_t *sums, float *out, int64_t out_stride) {
-  const Gemm &gemm = *p.gemm;
-  const SegmentScale<Ops> scale = segment_scale<Ops>(p, segment, tile);
+  const typename Ops::F scale = Grouped ? weight_scale<Ops>(p, segment, tile) : Ops::zero_f();
   for (int block = 0; block < rows; block += kBlockRows, out += out_stride) {
     const int stop = least(rows - block, kBlockRows);
     for (int r = 0; r < stop; r++) {
-      const int32_t row_sum = of.sum[block + r];
-      const typename Ops::I sum = Ops::add_i(Ops::load_i(sums + (block + r) * kPanelColumns),
-                                             segment_start<Ops, Format>(gemm, row_sum));
-      add_scaled<Ops, Asymmetric>(scale, sum, of.scale[block + r], row_sum, out + r * kPanelColumns);
+      const typename Ops::I sum =
+          Ops::add_i(Ops::load_i(sums + (block + r) * kPanelColumns), Ops::set1_i(of.start[block + r]));
+      add_scaled<Ops, Grouped>(scale, sum, of.scale[block + r], out + r * kPanelColumns);
     }
   }
 }
@@ -163,7 +162,7 @@ static void tile_panel(const Product &p, TileState &state, int tile_count, const
     const int last_segment =
         least(gemm.segments, (step0 + steps + gemm.segment_steps - 1) / gemm.segment_steps * halves);
     for (int i = first_segment; i < last_segment; i++)
-      load_segment_rows(p, i, panel.first_row, count, state.segment_rows[i - first_segment]);
+      load_segment_rows<Format>(p, i, panel.first_row, count, state.segment_rows[i - first_segment]);
   }
   // Each step of a tile fetches its share of the lines of the next panel's rows.
   const int lines = ahead.rows == nullptr ? 0 : (ahead.row_blocks * 16 + tile_count - 1) / tile_count;
@@ -214,10 +213,10 @@ static void tile_panel(const Product &p, TileState &state, int tile_count, const
       const auto add = [&](int segment) {
         const int32_t *sums = state.sums[segment % 2];
         const SegmentRows &of = state.segment_rows[segment - first_segment];
-        if (gemm.asymmetric) {
-          add_tile_segment<Ops, Format, true>(p, tile, segment, of, count, sums, target, out_stride);
+        if (gemm.scale_is_bf16) {
+          add_tile_segment<Ops, true>(p, tile, segment, of, count, sums, target, out_stride);
         } else {
-          add_tile_segment<Ops, Format, false>(p, tile, segment, of, count, sums, target, out_stride);
+          add_tile_segment<Ops, false>(p, tile, segment, of, count, sums, target, out_stride);
         }
       };
       if (step0 == 0) {
@@ -315,24 +314,28 @@ KTK_INLINE void shape_block(TileState &state, int rows) {
   state.blocks = 0;
 }
 
-// Scales what tile_product left in `out` for the rows from `row` on, `rows` of them and at most 16: exact
-// sums, if they are of one segment.
+// Finishes what tile_product left in `out` for the rows from `row` on, `rows` of them and at most 16: exact
+// sums, if they are of one segment, and sums that lack the scale of their weights, if those have one a row.
 template <class Ops, class Format>
 KTK_INLINE void scale_sums(const Product &p, int tile_count, int row, int rows, float *out) {
   const Gemm &gemm = *p.gemm;
-  if (!Format::kInteger || gemm.segments > 1) return;
+  if (!Format::kInteger || (gemm.segments > 1 && gemm.scale_is_bf16)) return;
   for (int tile = 0; tile < tile_count; tile++, out += kSumTileFloats) {
-    const SegmentScale<Ops> scale = segment_scale<Ops>(p, 0, tile);
+    const typename Ops::F scale = weight_scale<Ops>(p, 0, tile);
     for (int r = 0; r < rows; r++) {
       float *target = out + r * kPanelColumns;
-      const int32_t row_sum = p.rows.sum[row + r];
-      const typename Ops::I sum = Ops::add_i(Ops::load_i(target), segment_start<Ops, Format>(gemm, row_sum));
-      Ops::store_f(target, Ops::zero_f());
-      if (gemm.asymmetric) {
-        add_scaled<Ops, true>(scale, sum, p.rows.scale[row + r], row_sum, target);
-      } else {
-        add_scaled<Ops, false>(scale, sum, p.rows.scale[row + r], row_sum, target);
+      if (gemm.segments == 1) {
+        const int32_t start = segment_start<Format>(p.rows.sum[(int64_t)(row + r) * gemm.sums]);
+        const typename Ops::I sum = Ops::add_i(Ops::load_i(target), Ops::set1_i(start));
+        const float row_scale = p.rows.scale[row + r];
+        Ops::store_f(target, Ops::zero_f());
+        if (gemm.scale_is_bf16) {
+          add_scaled<Ops, true>(scale, sum, row_scale, target);
+          continue;
+        }
+        add_scaled<Ops, false>(scale, sum, row_scale, target);
       }
+      Ops::store_f(target, Ops::mul(Ops::load_f(target), scale));
     }
   }
 }

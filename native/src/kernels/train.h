@@ -219,17 +219,19 @@ static void expand(const ExpandArgs *args) {
           pairs = words;
         }
         if constexpr (Format::kInteger) {
-          typename Ops::I zero = Ops::set1_i(Format::kZeroPoint * 16);
           typename Ops::F scale = Ops::set1_f(1.0f);
+          const uint8_t *factors = kNoFactors;
+          const int64_t group = column / gemm.group_columns;
           if (grouped) {
-            const int64_t group = column / gemm.group_columns;
             const int64_t at = (panel * gemm.weight_groups + group) * group_scales + which * kPanelColumns;
             scale = Ops::load_bf16((const uint16_t *)args->scale + at);
-            if (gemm.asymmetric) zero = Ops::load_u8(args->zero + at);
+          } else if (gemm.factor_groups > 0) {
+            factors =
+                args->factors + ((panel * gemm.factor_groups + group) * projections + which) * kFactorBytes;
           }
           for (int pair = 0; pair < 16; pair++) {
             typename Ops::F even, odd;
-            Format::template columns<Ops>(tile, piece * 16 + pair, zero, &even, &odd);
+            Format::template columns<Ops>(tile, piece * 16 + pair, factors, &even, &odd);
             if (grouped) {
               even = Ops::mul(even, scale);
               odd = Ops::mul(odd, scale);
@@ -254,17 +256,19 @@ static void unpack(const UnpackArgs *args) {
     for (int pair = 0; pair < Format::kStepColumns / 2; pair++) {
       const int column = step * Format::kStepColumns + pair * 2;
       if (column >= gemm.depth) break;
-      typename Ops::I zero = Ops::set1_i(Format::kZeroPoint * 16);
       typename Ops::F scale = Ops::set1_f(1.0f);
+      const uint8_t *factors = kNoFactors;
       if (Format::kInteger || Format::kScaledToBf16) {
         const int64_t group = gemm.weight_groups > 1 ? column / gemm.group_columns : 0;
         const int64_t at = (group * projections + args->which) * kPanelColumns;
         scale = gemm.scale_is_bf16 ? Ops::load_bf16((const uint16_t *)args->scale + at)
                                    : Ops::load_f((const float *)args->scale + at);
-        if (gemm.asymmetric) zero = Ops::load_u8(args->zero + at);
       }
+      if (gemm.factor_groups > 0)
+        factors =
+            args->factors + ((int64_t)column / gemm.group_columns * projections + args->which) * kFactorBytes;
       typename Ops::F values[2];
-      Format::template columns<Ops>(tile, pair, zero, &values[0], &values[1]);
+      Format::template columns<Ops>(tile, pair, factors, &values[0], &values[1]);
       for (int i = 0; i < 2 && column + i < gemm.depth; i++) {
         float lanes[16];
         typename Ops::F value = values[i];

@@ -41,6 +41,8 @@ struct Avx2Ops {
   template <class Format>
   static constexpr int32_t kTileRows = 0;
 
+  static constexpr bool kPairSums = true;
+
   // Rows side by side of bf16 products whose weights are split into fp32 first, and how many rows that takes
   // to pay: 3 rows x 2 tiles x 2 registers of sums leave one for weights and three for activations.
   static constexpr int kExpandedRows = 3;
@@ -81,8 +83,18 @@ struct Avx2Ops {
   }
   KTK_INLINE I add_i(I a, I b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
   KTK_INLINE I sub_i(I a, I b) { return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)}; }
-  KTK_INLINE I mul_short(I a, I b) {
+  // Each lane: the sum of the products of its two signed 16-bit words.
+  KTK_INLINE I dot_words(I a, I b) {
     return {_mm256_madd_epi16(a.low, b.low), _mm256_madd_epi16(a.high, b.high)};
+  }
+  KTK_INLINE I mul_words(I a, I b) {
+    return {_mm256_mullo_epi16(a.low, b.low), _mm256_mullo_epi16(a.high, b.high)};
+  }
+  KTK_INLINE I sub_words(I a, I b) {
+    return {_mm256_sub_epi16(a.low, b.low), _mm256_sub_epi16(a.high, b.high)};
+  }
+  KTK_INLINE I add_bytes(I a, I b) {
+    return {_mm256_add_epi8(a.low, b.low), _mm256_add_epi8(a.high, b.high)};
   }
   KTK_INLINE I and_i(I a, I b) { return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high)}; }
   KTK_INLINE I max_i(I a, I b) { return {_mm256_max_epi32(a.low, b.low), _mm256_max_epi32(a.high, b.high)}; }
@@ -211,15 +223,22 @@ struct Avx2Ops {
   struct Q {
     __m256i low, high;
   };
-  KTK_INLINE Q begin_quads(I) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  KTK_INLINE Q zero_quads() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
   KTK_INLINE Q add_quad(Q part, I nibbles, I quad) {
     return {_mm256_add_epi16(part.low, _mm256_maddubs_epi16(nibbles.low, quad.low)),
             _mm256_add_epi16(part.high, _mm256_maddubs_epi16(nibbles.high, quad.high))};
   }
-  KTK_INLINE I end_quads(I sum, Q part) {
-    const __m256i one = _mm256_set1_epi16(1);
-    return add_i(sum, {_mm256_madd_epi16(part.low, one), _mm256_madd_epi16(part.high, one)});
+  KTK_INLINE I add_quads(I sum, Q part, I words) {
+    return add_i(sum, {_mm256_madd_epi16(part.low, words.low), _mm256_madd_epi16(part.high, words.high)});
   }
+  KTK_INLINE I bytes_of(const uint8_t *p) {
+    const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
+    const __m256i low = _mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5,
+                                         5, 6, 6, 6, 6, 7, 7, 7, 7);
+    const __m256i high = _mm256_add_epi8(low, _mm256_set1_epi8(8));
+    return {_mm256_shuffle_epi8(bytes, low), _mm256_shuffle_epi8(bytes, high)};
+  }
+  KTK_INLINE I words_of(const uint8_t *p) { return and_i(bytes_of(p), set1_i(0x00ff00ff)); }
 
   KTK_INLINE WB split_bf16(const uint8_t *tile_row) {
     const I pairs = load_i(tile_row);

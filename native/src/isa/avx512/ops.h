@@ -40,6 +40,7 @@ struct Avx512Ops {
   template <class Format>
   static constexpr int32_t kTileRows = 0;
   static constexpr int kExpandedRows = 0;  // bf16 products use their operands as they are
+  static constexpr bool kPairSums = true;
 
   KTK_INLINE F zero_f() { return _mm512_setzero_ps(); }
   KTK_INLINE F set1_f(float value) { return _mm512_set1_ps(value); }
@@ -59,7 +60,11 @@ struct Avx512Ops {
   KTK_INLINE void stream_i(void *p, I v) { _mm512_stream_si512((__m512i *)p, v.v); }
   KTK_INLINE I add_i(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
   KTK_INLINE I sub_i(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
-  KTK_INLINE I mul_short(I a, I b) { return {_mm512_madd_epi16(a.v, b.v)}; }
+  // Each lane: the sum of the products of its two signed 16-bit words.
+  KTK_INLINE I dot_words(I a, I b) { return {_mm512_madd_epi16(a.v, b.v)}; }
+  KTK_INLINE I mul_words(I a, I b) { return {_mm512_mullo_epi16(a.v, b.v)}; }
+  KTK_INLINE I sub_words(I a, I b) { return {_mm512_sub_epi16(a.v, b.v)}; }
+  KTK_INLINE I add_bytes(I a, I b) { return {_mm512_add_epi8(a.v, b.v)}; }
   KTK_INLINE I and_i(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
   KTK_INLINE I max_i(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }
   KTK_INLINE I shift_left_4(I a) { return {_mm512_slli_epi32(a.v, 4)}; }
@@ -153,12 +158,22 @@ struct Avx512Ops {
   struct Q {
     __m512i v;
   };
-  KTK_INLINE Q begin_quads(I) { return {_mm512_setzero_si512()}; }
+  KTK_INLINE Q zero_quads() { return {_mm512_setzero_si512()}; }
   KTK_INLINE Q add_quad(Q part, I nibbles, I quad) {
     return {_mm512_add_epi16(part.v, _mm512_maddubs_epi16(nibbles.v, quad.v))};
   }
-  KTK_INLINE I end_quads(I sum, Q part) {
-    return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(part.v, _mm512_set1_epi16(1)))};
+  KTK_INLINE I add_quads(I sum, Q part, I words) {
+    return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(part.v, words.v))};
+  }
+  KTK_INLINE I bytes_of(const uint8_t *p) {
+    const __m512i lanes = _mm512_set_epi8(15, 15, 15, 15, 14, 14, 14, 14, 13, 13, 13, 13, 12, 12, 12, 12,  //
+                                          11, 11, 11, 11, 10, 10, 10, 10, 9, 9, 9, 9, 8, 8, 8, 8,          //
+                                          7, 7, 7, 7, 6, 6, 6, 6, 5, 5, 5, 5, 4, 4, 4, 4,                  //
+                                          3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p)), lanes)};
+  }
+  KTK_INLINE I words_of(const uint8_t *p) {
+    return {_mm512_and_si512(bytes_of(p).v, _mm512_set1_epi16(255))};
   }
 
   KTK_INLINE WB split_bf16(const uint8_t *tile_row) {

@@ -10,16 +10,13 @@ struct Avx512Bf16Ops : Avx512Ops {
   typedef I AB;
 
   static constexpr uint32_t kNeeds = Avx512Ops::kNeeds | kNeedsAvx512Vnni | kNeedsAvx512Bf16;
+  static constexpr bool kPairSums = false;
 
   KTK_INLINE W8 split_u8(const uint8_t *tile_row) { return load_i(tile_row); }
   KTK_INLINE A8 quad_s8(const uint8_t *activations) { return set1_i(load_quad(activations)); }
   KTK_INLINE I dot_u8s8(I sum, W8 weights, A8 quad) {
     return {_mm512_dpbusd_epi32(sum.v, weights.v, quad.v)};
   }
-  typedef I Q;
-  KTK_INLINE Q begin_quads(I sum) { return sum; }
-  KTK_INLINE Q add_quad(Q part, I nibbles, I quad) { return dot_u8s8(part, nibbles, quad); }
-  KTK_INLINE I end_quads(I, Q part) { return part; }
 
   KTK_INLINE WB split_bf16(const uint8_t *tile_row) { return load_i(tile_row); }
   KTK_INLINE AB pair_bf16(const uint8_t *activations) { return set1_i(load_quad(activations)); }

@@ -34,6 +34,9 @@ struct PortableOps {
   template <class Format>
   static constexpr int32_t kTileRows = 0;
   static constexpr int kExpandedRows = 0;  // bf16 products use their operands as they are
+  // Whether 4-bit products are best summed as nibbles, 16 bits at a time (see Int4), and so need pairs of
+  // sums of activations.
+  static constexpr bool kPairSums = false;
 
   KTK_INLINE F zero_f() { return F{}; }
   KTK_INLINE F set1_f(float value) { return F{} + value; }
@@ -68,8 +71,6 @@ struct PortableOps {
   typedef uint32_t U __attribute__((vector_size(64)));
   KTK_INLINE I add_i(I a, I b) { return (I)((U)a + (U)b); }
   KTK_INLINE I sub_i(I a, I b) { return (I)((U)a - (U)b); }
-  // Lanes that 16 bits hold, those of `a` not negative.
-  KTK_INLINE I mul_short(I a, I b) { return a * b; }
   KTK_INLINE I and_i(I a, I b) { return a & b; }
   KTK_INLINE I max_i(I a, I b) { return a > b ? a : b; }
   KTK_INLINE I shift_left_4(I a) { return a << 4; }
@@ -197,15 +198,21 @@ struct PortableOps {
     }
     return sum;
   }
-  // 4-bit weights, one in each byte, times s8 activations, 8 quads in a row: up to there partial sums may be
-  // narrower than I.
-  typedef I Q;
+  // 4-bit weights, one in each byte.
   KTK_INLINE I low_nibbles(I bytes) { return bytes & 0x0f0f0f0f; }
   KTK_INLINE I high_nibbles(I bytes) { return (bytes >> 4) & 0x0f0f0f0f; }
-  KTK_INLINE I quad_u4(const uint8_t *activations) { return quad_s8(activations); }
-  KTK_INLINE Q begin_quads(I sum) { return sum; }
-  KTK_INLINE Q add_quad(Q part, I nibbles, I quad) { return dot_u8s8(part, nibbles, quad); }
-  KTK_INLINE I end_quads(I, Q part) { return part; }
+  // 16 bytes, each in all bytes of its lane, and in the low bytes of its lane's two 16-bit words.
+  KTK_INLINE I bytes_of(const uint8_t *p) { return mul_i(load_u8(p), set1_i(0x01010101)); }
+  KTK_INLINE I words_of(const uint8_t *p) { return mul_i(load_u8(p), set1_i(0x00010001)); }
+  // Products of 16-bit words, and sums of bytes, modulo their widths.
+  KTK_INLINE I mul_words(I a, I b) {
+    const I low = mul_i(a & 0xffff, b & 0xffff) & 0xffff;
+    return low | (mul_i(shift_right_i(a, 16), shift_right_i(b, 16)) << 16);
+  }
+  KTK_INLINE I add_bytes(I a, I b) {
+    const I even = add_i(a & 0x00ff00ff, b & 0x00ff00ff) & 0x00ff00ff;
+    return even | (add_i(a & (int32_t)0xff00ff00, b & (int32_t)0xff00ff00) & (int32_t)0xff00ff00);
+  }
 
   // bf16 weights times bf16 activations: 2 products a lane.
   KTK_INLINE WB split_bf16(const uint8_t *tile_row) {
