@@ -128,9 +128,11 @@ def _fit_int4_group(values: F32Array) -> tuple[F32Array, F32Array]:
     span = np.rint((high - low) * (np.float32(1) / np.float32(15)))
     for less in (0, 1):
         multiplier = np.clip(span - np.float32(less), np.float32(1), np.float32(15))
-        keep_better(multiplier, np.rint((low + high) * np.float32(0.5) - np.float32(7.5) * multiplier))
+        middle = np.rint((low + high) * np.float32(0.5) - np.float32(7.5) * multiplier)
+        for move in (0, -3, 3):
+            keep_better(multiplier, middle + np.float32(move))
     multiplier, middle = best[0].copy(), best[1].copy()
-    for move in (-1, 1, -2, 2, -3, 3):
+    for move in (-1, 1):
         keep_better(multiplier, middle + np.float32(move))
     return best[0], best[1]
 

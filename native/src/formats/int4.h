@@ -184,7 +184,8 @@ struct Int4 {
     return value < least ? least : value > most ? most : value;
   }
 
-  // Searches the multipliers that span the group and one less, and offsets around its middle.
+  // Searches the multiplier that spans the group and one less, and offsets around its middle: some apart for
+  // both, then the neighbours of the best.
   template <class Ops>
   KTK_INLINE void fit_group(const float *columns, int count, Fit &best) {
     typename Ops::F low_values = Ops::zero_f(), high_values = Ops::zero_f();
@@ -198,26 +199,27 @@ struct Int4 {
     Ops::store_f(high, high_values);
     for (int n = 0; n < kPanelColumns; n++) best.error[n] = float_of_bits(kInfinityBits);
     Fit tried;
+    const auto try_offsets = [&](const Fit &around, float move) {
+      for (int n = 0; n < kPanelColumns; n++) {
+        tried.multiplier[n] = around.multiplier[n];
+        tried.offset[n] = within(around.offset[n] + move, -128.0f, 127.0f - 15.0f * around.multiplier[n]);
+      }
+      keep_better<Ops>(columns, count, tried, best);
+    };
+    Fit middle;
     for (int less = 0; less < 2; less++) {
       for (int n = 0; n < kPanelColumns; n++) {
         const float span = __builtin_rintf((high[n] - low[n]) * (1.0f / 15.0f)) - (float)less;
-        tried.multiplier[n] = within(span, 1.0f, (float)kMostMultiplier);
-        const float offset = __builtin_rintf((low[n] + high[n]) * 0.5f - 7.5f * tried.multiplier[n]);
-        tried.offset[n] = within(offset, -128.0f, 127.0f - 15.0f * tried.multiplier[n]);
+        middle.multiplier[n] = within(span, 1.0f, (float)kMostMultiplier);
+        middle.offset[n] = __builtin_rintf((low[n] + high[n]) * 0.5f - 7.5f * middle.multiplier[n]);
       }
-      keep_better<Ops>(columns, count, tried, best);
+      try_offsets(middle, 0.0f);
+      try_offsets(middle, -3.0f);
+      try_offsets(middle, 3.0f);
     }
-    const Fit middle = best;
-    for (int step = 1; step <= 3; step++) {
-      for (int sign = -1; sign <= 1; sign += 2) {
-        for (int n = 0; n < kPanelColumns; n++) {
-          tried.multiplier[n] = middle.multiplier[n];
-          tried.offset[n] =
-              within(middle.offset[n] + (float)(sign * step), -128.0f, 127.0f - 15.0f * middle.multiplier[n]);
-        }
-        keep_better<Ops>(columns, count, tried, best);
-      }
-    }
+    middle = best;
+    try_offsets(middle, -1.0f);
+    try_offsets(middle, 1.0f);
   }
 
   // The scales of rows with groups: the widest group spans 15 steps of the largest multiplier, and the
