@@ -83,7 +83,11 @@ struct GateUpArgs {
   Rows input;
   Rows output;
   int32_t rows;
-  int32_t first_column, last_column;  // of the shard; first is a multiple of kIntermediateGroup
+  // Of the shard, in one group of kIntermediateGroup: all of it, or a part that begins on a step.
+  int32_t first_column, last_column;
+  // Of a group computed in parts, integer formats: [rows][kIntermediateGroup], and parts not done yet.
+  float *group_values;
+  int32_t *parts_left;
   float limit, alpha;
   int32_t strict;
   float *scratch;                  // kScratchFloats

@@ -42,6 +42,11 @@ struct Moe::Batch {
 
   struct Shard {
     Rows intermediate;
+    int32_t unit_columns;  // of the intermediate, made by one unit of work
+    // Where units are parts of groups: [expert][group][rows][kIntermediateGroup], and [expert][group] of
+    // parts that are not done. Else null.
+    float *group_values;
+    int32_t *parts_left;
     float *scratch;  // of each worker: gate_up's, then the tokens' sums
     int64_t scratch_floats;
     float *partial;  // [tokens][hidden], several shards only

@@ -13,6 +13,8 @@ namespace {
 
 constexpr int32_t kMostColumns = 65536;  // an int32 holds that many products of a u8 and an int8
 constexpr int64_t kTokensOfUnit = 8;     // quantised by one unit of work
+constexpr int64_t kUnitsOfThread = 8;    // wanted of gate and up
+constexpr int32_t kLeastUnitColumns = 32;
 // Below this much copying, waking the workers costs more than it saves.
 constexpr int64_t kInlineUnits = 1;
 constexpr int64_t kInlineBlocks = 4;
@@ -160,6 +162,20 @@ int64_t Moe::down_panels(const Route &route) const {
   return best;
 }
 
+// Few rows leave little to do: smaller units then, so that workers of unequal speed end together.
+int32_t Moe::unit_columns(const Route &route, int shard) const {
+  const auto experts = static_cast<int64_t>(route.experts.size());
+  const auto rows = static_cast<int64_t>(route.tokens.size());
+  int32_t columns = kIntermediateGroup;
+  if (rows >= experts * kBlockRows) return columns;
+  const int64_t enough = kUnitsOfThread * context_->pool.threads(shard);
+  while (columns > kLeastUnitColumns &&
+         divide_up(store_.shard(shard).columns(), columns) * experts < enough) {
+    columns /= 2;
+  }
+  return columns;
+}
+
 void Moe::place(Batch &batch, bool measuring) const {
   const WorkerPool &pool = context_->pool;
   const auto rows = [](Arena &arena, int64_t count, const Gemm &gemm) {
@@ -182,6 +198,12 @@ void Moe::place(Batch &batch, bool measuring) const {
     arena.begin(measuring);
     if (shard.empty()) continue;
     placed.intermediate = rows(arena, row_count, shard.down);
+    placed.unit_columns = unit_columns(batch.route, s);
+    if (kernels_.integer && placed.unit_columns < kIntermediateGroup) {
+      const int64_t groups = divide_up(shard.columns(), kIntermediateGroup);
+      placed.group_values = arena.place<float>(row_count * groups * kIntermediateGroup);
+      placed.parts_left = arena.place<int32_t>(static_cast<int64_t>(batch.route.experts.size()) * groups);
+    }
     placed.scratch_floats = kScratchFloats + batch.tokens * batch.down_panels * kPanelColumns;
     placed.scratch = arena.place<float>(placed.scratch_floats * pool.threads(s));
     if (store_.shard_count() > 1) {
@@ -242,16 +264,34 @@ Weights weights_of(const ExpertStore &store, int shard, int32_t expert, ktk_part
 
 void Moe::gate_up(Batch &batch) const {
   std::vector<int64_t> units;
+  const auto experts = static_cast<int64_t>(batch.route.experts.size());
   for (int s = 0; s < store_.shard_count(); s++) {
-    const int64_t groups = divide_up(store_.shard(s).columns(), kIntermediateGroup);
-    units.push_back(groups * static_cast<int64_t>(batch.route.experts.size()));
+    const int64_t columns = store_.shard(s).columns();
+    const Batch::Shard &placed = batch.shards[static_cast<size_t>(s)];
+    units.push_back(columns == 0 ? 0 : divide_up(columns, placed.unit_columns) * experts);
+    if (columns == 0 || placed.parts_left == nullptr) continue;
+    const int64_t groups = divide_up(columns, kIntermediateGroup);
+    for (int64_t i = 0; i < experts * groups; i++) {
+      const int64_t left = columns - i % groups * kIntermediateGroup;
+      placed.parts_left[i] =
+          static_cast<int32_t>(divide_up(std::min<int64_t>(left, kIntermediateGroup), placed.unit_columns));
+    }
   }
   const auto unit = [&](int s, int worker, int64_t index) {
     const ExpertStore::Shard &shard = store_.shard(s);
     const Batch::Shard &placed = batch.shards[static_cast<size_t>(s)];
-    const int64_t groups = divide_up(shard.columns(), kIntermediateGroup);
-    const Route::Expert &expert = batch.route.experts[static_cast<size_t>(index / groups)];
-    const auto column = static_cast<int32_t>(index % groups * kIntermediateGroup);
+    const int64_t parts = divide_up(shard.columns(), placed.unit_columns);
+    const int64_t which = index / parts;
+    const Route::Expert &expert = batch.route.experts[static_cast<size_t>(which)];
+    const auto column = static_cast<int32_t>(index % parts * placed.unit_columns);
+    float *group_values = nullptr;
+    int32_t *parts_left = nullptr;
+    if (placed.parts_left != nullptr) {
+      const int64_t groups = divide_up(shard.columns(), kIntermediateGroup);
+      const int64_t group = column / kIntermediateGroup;
+      parts_left = placed.parts_left + which * groups + group;
+      group_values = placed.group_values + (groups * expert.first + group * expert.rows) * kIntermediateGroup;
+    }
     const Rows input = expert.rows == 1 ? rows_from(batch.by_token, shard.gate_up,
                                                     batch.route.tokens[static_cast<size_t>(expert.first)])
                                         : rows_from(batch.by_row, shard.gate_up, expert.first);
@@ -263,7 +303,7 @@ void Moe::gate_up(Batch &batch) const {
       if (extra.lora) {
         lora = {&extra.gate_up_rank,
                 extra.gate_up_input + int64_t{expert.first} * extra.gate_up_rank.steps * kStepBytes,
-                part.gate_up_tiles + index / groups * part.gate_up_tile_bytes};
+                part.gate_up_tiles + which * part.gate_up_tile_bytes};
         training.lora = &lora;
       }
       training.saved_columns = shard.columns();
@@ -283,7 +323,9 @@ void Moe::gate_up(Batch &batch) const {
                              rows_from(placed.intermediate, shard.down, expert.first),
                              expert.rows,
                              column,
-                             std::min(column + kIntermediateGroup, shard.columns()),
+                             std::min(column + placed.unit_columns, shard.columns()),
+                             group_values,
+                             parts_left,
                              config_.swiglu_limit,
                              config_.swiglu_alpha,
                              config_.strict,

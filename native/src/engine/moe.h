@@ -44,6 +44,7 @@ class Moe {
   void require_loaded(const Route &route) const;
   void prepare(Batch &batch) const;
   int64_t down_panels(const Route &route) const;
+  int32_t unit_columns(const Route &route, int shard) const;
   void place(Batch &batch, bool measuring) const;
   void quantise(Batch &batch) const;
   void gather(Batch &batch) const;

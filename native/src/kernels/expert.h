@@ -81,6 +81,7 @@ static void scaled_pair(const Product &p, int count, int first, int last, float 
   part.tiles = expanded[0][0];
   part.tile_stride_bytes = kSteps * Bf16::kTileBytes;
   part.step_stride_bytes = Bf16::kTileBytes;
+  part.in_cache = true;
   for (int step0 = 0; step0 < p.gemm->steps; step0 += kSteps) {
     part.first_step = step0;
     part.step_stop = step0 + kSteps;
@@ -164,6 +165,8 @@ KTK_INLINE void save_gate_up(const GateUpTraining &training, int row, int column
   store_values<Ops>(saved + training.saved_columns, KTK_DTYPE_BF16, column, training.saved_columns, up);
 }
 
+// Columns of one group of the intermediate: all of them, or a part, and then whoever is the last to compute
+// one makes int8 of the group.
 template <class Ops, class Format>
 static void gate_up(const GateUpArgs *args) {
   const Gemm &gemm = *args->gemm;
@@ -173,75 +176,82 @@ static void gate_up(const GateUpArgs *args) {
   const int64_t panel_bytes = (int64_t)gemm.steps * 2 * Format::kTileBytes;
   const int64_t panel_scales = (int64_t)gemm.weight_groups * 2 * kPanelColumns;
   const int64_t panel_factors = (int64_t)gemm.factor_groups * 2 * kFactorBytes;
-  float *activated = args->scratch + kSumFloats;  // [rows of the pass][kIntermediateGroup]
-  for (int group = args->first_column; group < args->last_column; group += kIntermediateGroup) {
-    const int columns = least(kIntermediateGroup, args->last_column - group);
-    const int64_t panel = group / kPanelColumns;
-    const Product p = {args->gemm,
-                       args->weights.tiles + panel * panel_bytes,
-                       Format::kTileBytes,
-                       panel_bytes,
-                       2 * Format::kTileBytes,
-                       args->weights.scale + panel * panel_scales * (gemm.scale_is_bf16 ? 2 : 4),
-                       kPanelColumns,
-                       panel_scales,
-                       2 * kPanelColumns,
-                       args->weights.factors + panel * panel_factors,
-                       kFactorBytes,
-                       panel_factors,
-                       2 * kFactorBytes,
-                       args->input,
-                       args->rows};
-    const int tile_count = (columns + kPanelColumns - 1) / kPanelColumns * 2;
-    const GateUpTraining *training = args->training;
-    const LoraProduct *lora = training != nullptr ? training->lora : nullptr;
-    Product added = {};
-    if (lora != nullptr) {
-      added = bf16_product(*lora->gemm, lora->tiles + panel * 2 * lora->gemm->steps * Bf16::kTileBytes, true,
-                           lora->rows, args->rows, true);
-    }
-    for (int pass = 0; pass < args->rows; pass += rows_of_pass) {
-      const int pass_stop = least(pass + rows_of_pass, args->rows);
-      const auto finish_row = [&](int row) {
-        const float *values = activated + (row - pass) * kIntermediateGroup;
-        const RowAddress to = row_address(args->output.data, next, args->rows, row);
-        uint8_t *first_step = to.data + group / Format::kStepColumns * to.step_stride_bytes;
-        if constexpr (Format::kInteger) {
-          const int64_t index = group / kIntermediateGroup;
-          quantise_group<Ops, kPairSums<Ops, Format>>(
-              values, KTK_DTYPE_F32, 0, columns, sum_columns<Ops, Format>(next), first_step,
-              to.step_stride_bytes, args->output.scale + (int64_t)row * next.row_groups + index,
-              args->output.sum + (int64_t)row * next.sums + index * next.sums_per_row_group);
-        } else {
-          round_group<Ops>(values, KTK_DTYPE_F32, 0, columns, first_step, to.step_stride_bytes);
-        }
-        if (training != nullptr && training->z != nullptr) {
-          const RowAddress z = row_address(training->z, *training->z_gemm, args->rows, row);
-          round_group<Ops>(values, KTK_DTYPE_F32, 0, columns,
-                           z.data + group / Bf16::kStepColumns * z.step_stride_bytes, z.step_stride_bytes);
-        }
-      };
-      product<Ops, Format>(
-          p, tiles, tile_count, pass, pass_stop, args->scratch,
-          [&](int tile, int count, int row, const float *sums, int64_t stride) {
-            for (int j = 0; j < count; j += 2) {
-              const int column = (tile + j) / 2 * kPanelColumns;
-              typename Ops::F gate = Ops::load_f(sums + j * stride);
-              typename Ops::F up = Ops::load_f(sums + (j + 1) * stride);
-              if (args->gate_bias != nullptr)
-                gate = Ops::add(gate, Ops::load_f(args->gate_bias + group + column));
-              if (args->up_bias != nullptr) up = Ops::add(up, Ops::load_f(args->up_bias + group + column));
-              if (training != nullptr && training->saved != nullptr)
-                save_gate_up<Ops>(*training, row, group + column, gate, up);
-              Ops::store_f(activated + (row - pass) * kIntermediateGroup + column,
-                           gated_activation<Ops>(gate, up, args->limit, args->alpha));
-            }
-            // The row's last columns.
-            if (tile + count == tile_count) finish_row(row);
-          },
-          lora != nullptr ? &added : nullptr);
-    }
+  const int first_column = args->first_column, columns = args->last_column - first_column;
+  const int64_t panel = first_column / kPanelColumns;
+  const Product p = {args->gemm,
+                     args->weights.tiles + panel * panel_bytes,
+                     Format::kTileBytes,
+                     panel_bytes,
+                     2 * Format::kTileBytes,
+                     args->weights.scale + panel * panel_scales * (gemm.scale_is_bf16 ? 2 : 4),
+                     kPanelColumns,
+                     panel_scales,
+                     2 * kPanelColumns,
+                     args->weights.factors + panel * panel_factors,
+                     kFactorBytes,
+                     panel_factors,
+                     2 * kFactorBytes,
+                     args->input,
+                     args->rows};
+  const int tile_count = (columns + kPanelColumns - 1) / kPanelColumns * 2;
+  const GateUpTraining *training = args->training;
+  const LoraProduct *lora = training != nullptr ? training->lora : nullptr;
+  Product added = {};
+  if (lora != nullptr) {
+    added = bf16_product(*lora->gemm, lora->tiles + panel * 2 * lora->gemm->steps * Bf16::kTileBytes, true,
+                         lora->rows, args->rows, true);
   }
+
+  // What is stored at once: the group, where its columns share a scale.
+  const bool shared = Format::kInteger && args->group_values != nullptr;
+  const int group = first_column / kIntermediateGroup * kIntermediateGroup;
+  const int from = Format::kInteger ? group : first_column;
+  const int count = Format::kInteger ? least(kIntermediateGroup, next.depth - group) : columns;
+  // Activations wait in a row of their own, unless those of a row are not made together.
+  float *activated = shared ? args->group_values : args->scratch + kSumFloats;
+  const int64_t activated_stride = tiles && !shared ? 0 : kIntermediateGroup;
+  const auto finish_row = [&](int row, const float *values) {
+    const RowAddress to = row_address(args->output.data, next, args->rows, row);
+    uint8_t *first_step = to.data + from / Format::kStepColumns * to.step_stride_bytes;
+    if constexpr (Format::kInteger) {
+      const int64_t index = group / kIntermediateGroup;
+      quantise_group<Ops, kPairSums<Ops, Format>>(
+          values, KTK_DTYPE_F32, 0, count, sum_columns<Ops, Format>(next), first_step, to.step_stride_bytes,
+          args->output.scale + (int64_t)row * next.row_groups + index,
+          args->output.sum + (int64_t)row * next.sums + index * next.sums_per_row_group);
+    } else {
+      round_group<Ops>(values, KTK_DTYPE_F32, 0, count, first_step, to.step_stride_bytes);
+    }
+    if (training != nullptr && training->z != nullptr) {
+      const RowAddress z = row_address(training->z, *training->z_gemm, args->rows, row);
+      round_group<Ops>(values, KTK_DTYPE_F32, 0, count,
+                       z.data + from / Bf16::kStepColumns * z.step_stride_bytes, z.step_stride_bytes);
+    }
+  };
+
+  for (int pass = 0; pass < args->rows; pass += rows_of_pass) {
+    const int pass_stop = least(pass + rows_of_pass, args->rows);
+    product<Ops, Format>(
+        p, tiles, tile_count, pass, pass_stop, args->scratch,
+        [&](int tile, int tiles_here, int row, const float *sums, int64_t stride) {
+          float *values = activated + (shared ? row : row - pass) * activated_stride;
+          for (int j = 0; j < tiles_here; j += 2) {
+            const int column = first_column + (tile + j) / 2 * kPanelColumns;
+            typename Ops::F gate = Ops::load_f(sums + j * stride);
+            typename Ops::F up = Ops::load_f(sums + (j + 1) * stride);
+            if (args->gate_bias != nullptr) gate = Ops::add(gate, Ops::load_f(args->gate_bias + column));
+            if (args->up_bias != nullptr) up = Ops::add(up, Ops::load_f(args->up_bias + column));
+            if (training != nullptr && training->saved != nullptr)
+              save_gate_up<Ops>(*training, row, column, gate, up);
+            Ops::store_f(values + column - from, gated_activation<Ops>(gate, up, args->limit, args->alpha));
+          }
+          // The row's last columns.
+          if (!shared && tile + tiles_here == tile_count) finish_row(row, values);
+        },
+        lora != nullptr ? &added : nullptr);
+  }
+  if (!shared || __atomic_sub_fetch(args->parts_left, 1, __ATOMIC_ACQ_REL) > 0) return;
+  for (int row = 0; row < args->rows; row++) finish_row(row, activated + (int64_t)row * kIntermediateGroup);
 }
 
 template <class Ops, class Format>

@@ -36,6 +36,7 @@ struct Product {
   Rows rows;
   int32_t row_count;
   bool accumulate = false;  // adds to what the output holds
+  bool in_cache = false;    // the tiles are
   // Steps of K, to which `tiles` belongs; by default all.
   int32_t first_step = 0, step_stop = INT32_MAX;
 
@@ -121,6 +122,18 @@ KTK_INLINE void add_segment(const Product &p, int segment, int row, const typena
   }
 }
 
+// To the first rows that meet them, weights come from memory, and what a core fetches by itself does not keep
+// enough lines under way. Nibbles pass slowly enough.
+constexpr int64_t kReadAheadBytes = 4096;
+template <class Format, int NT>
+KTK_INLINE void fetch_ahead(const Product &p, const uint8_t *tiles) {
+  if constexpr (Format::kMultiply == Multiply::nibble) return;
+  for (int j = 0; j < NT; j++) {
+    for (int line = 0; line < Format::kTileBytes; line += 64)
+      __builtin_prefetch(tiles + j * p.tile_stride_bytes + kReadAheadBytes + line, 0, 3);
+  }
+}
+
 template <class Ops, class Format, int NT, int MR, int Halves>
 static void integer_rows(const Product &p, const RowAddress address, int row, float *out, int out_stride) {
   const Gemm &gemm = *p.gemm;
@@ -148,6 +161,7 @@ static void integer_rows(const Product &p, const RowAddress address, int row, fl
         factors.sums = row_sums + step;
         factors.row_stride = gemm.sums;
       }
+      if (row == 0) fetch_ahead<Format, NT>(p, tiles);
       Format::template step<Ops, NT, MR, Halves>(sum, rows, tiles, p.tile_stride_bytes, factors);
       rows += address.step_stride_bytes;
       tiles += p.step_stride_bytes;
@@ -171,7 +185,7 @@ static void integer_rows(const Product &p, const RowAddress address, int row, fl
 }
 
 template <class Ops, class Format, int NT, int MR>
-static void float_rows(const Product &p, const RowAddress address, float *out, int out_stride) {
+static void float_rows(const Product &p, const RowAddress address, bool first, float *out, int out_stride) {
   typename Ops::F sum[MR][NT];
   for (int r = 0; r < MR; r++) {
     for (int j = 0; j < NT; j++)
@@ -180,6 +194,7 @@ static void float_rows(const Product &p, const RowAddress address, float *out, i
   const uint8_t *rows = address.data + p.first_step * address.step_stride_bytes;
   const uint8_t *tiles = p.tiles;
   for (int step = p.first_step; step < p.last_step(); step++) {
+    if (first) fetch_ahead<Format, NT>(p, tiles);
     Format::template step<Ops, NT, MR>(sum, rows, tiles, p.tile_stride_bytes);
     rows += address.step_stride_bytes;
     tiles += p.step_stride_bytes;
@@ -193,6 +208,8 @@ static void float_rows(const Product &p, const RowAddress address, float *out, i
 template <class Ops, class Format>
 KTK_INLINE void expand_tile(const Product &p, int step, int j, uint8_t *operand) {
   const uint8_t *tile = p.tiles + (int64_t)step * p.step_stride_bytes + p.tile_offset_bytes(j);
+  for (int line = 0; line < Format::kTileBytes; line += 64)
+    __builtin_prefetch(tile + kReadAheadBytes + line, 0, 3);
   if constexpr (Format::kScaledToBf16) {
     const int group = step / Format::kStepsOfScale;
     Format::template expand_tile<Ops>(tile, weight_scale<Ops>(p, group, j), operand);
@@ -206,7 +223,7 @@ template <class Ops, class Format, int NT, int MR>
 KTK_INLINE void vector_rows(const Product &p, int row, float *out, int out_stride) {
   const RowAddress address = row_address(p.rows.data, *p.gemm, p.row_count, row);
   if constexpr (!Format::kInteger) {
-    float_rows<Ops, Format, NT, MR>(p, address, out, out_stride);
+    float_rows<Ops, Format, NT, MR>(p, address, row == 0 && !p.in_cache, out, out_stride);
   } else if constexpr (Format::kFactors) {
     integer_rows<Ops, Format, NT, MR, 1>(p, address, row, out, out_stride);
   } else if (p.gemm->halves == 2) {
