@@ -381,6 +381,116 @@ TEST(stress) {
   }
 }
 
+// Units that end only when each of them has begun, which takes as many workers as there are units.
+struct Gathering {
+  int64_t expected = 0;
+  std::atomic<int64_t> begun{0};
+  std::atomic<bool> timed_out{false};
+
+  static void unit(void *context, int, int, int64_t) noexcept {
+    Gathering &all = *static_cast<Gathering *>(context);
+    all.begun.fetch_add(1);
+    for (int64_t start = ktk::now_ns(); all.begun.load() < all.expected; sched_yield()) {
+      if (ktk::now_ns() - start < int64_t{60} * 1000000000) continue;
+      all.timed_out = true;
+      return;
+    }
+  }
+};
+
+TEST(every_parked_worker_is_woken) {
+  for (const auto &threads : {on_node_0({2}), on_node_0({33}), on_node_0({1, 9, 3}), on_node_0({70})}) {
+    for (const int64_t spin_ns : {0, 3000}) {
+      WorkerPool pool(threads, true, spin_ns);
+      std::minstd_rand random(3);
+      for (int i = 0; i < (KTK_TEST_TSAN ? 20 : 100); ++i) {
+        // Fewer units than workers in some sections: the others sleep on, and have to be woken by a later
+        // one.
+        std::vector<int64_t> counts;
+        Gathering all;
+        for (int s = 0; s < pool.subpools(); ++s) {
+          const auto most = static_cast<unsigned>(pool.threads(s));
+          counts.push_back(i % 2 == 0 ? static_cast<int64_t>(most)
+                                      : 1 + static_cast<int64_t>(random() % most));
+          all.expected += counts.back();
+        }
+        if (i % 5 == 0) usleep(static_cast<useconds_t>(random() % 300));
+        pool.run(counts.data(), &Gathering::unit, &all);
+        CHECK_EQUAL(all.begun.load(), all.expected);
+        CHECK(!all.timed_out.load());
+        if (all.timed_out.load()) return;
+      }
+    }
+  }
+}
+
+struct Shapes {
+  WorkerPool *pool;
+  std::vector<std::atomic<int64_t>> runs;
+  std::atomic<int64_t> inner{0};
+  unsigned seed = 0;
+  static constexpr int64_t kInner = 3;
+
+  explicit Shapes(WorkerPool *on) : pool(on), runs(200) {}
+
+  // Most units are short, some keep their worker until others have taken over what it has left, some lose
+  // their CPU, and some run a section of their own.
+  static void unit(void *context, int, int, int64_t unit) noexcept {
+    Shapes &self = *static_cast<Shapes *>(context);
+    self.runs[static_cast<size_t>(unit)].fetch_add(1, std::memory_order_relaxed);
+    const auto kind = (static_cast<unsigned>(unit) * 2654435761u + self.seed) >> 8;
+    if (kind % 16 == 0) {
+      const std::vector<int64_t> counts(static_cast<size_t>(self.pool->subpools()), kInner);
+      self.pool->run(
+          counts.data(),
+          [](void *shapes, int, int, int64_t) noexcept {
+            static_cast<Shapes *>(shapes)->inner.fetch_add(1, std::memory_order_relaxed);
+          },
+          context);
+    } else if (kind % 64 == 1) {
+      usleep(50);
+    } else if (kind % 16 == 2) {
+      sched_yield();
+    }
+  }
+};
+
+TEST(random_widths_and_sections) {
+  std::minstd_rand random(11);
+  const int pools = KTK_TEST_TSAN ? 12 : KTK_TEST_ASAN ? 25 : 60;
+  for (int round = 0; round < pools; ++round) {
+    std::vector<SubpoolConfig> configs;
+    int threads = 1 + static_cast<int>(random() % 33);
+    for (; threads > 0 && configs.size() < 2; threads -= configs.back().threads)
+      configs.push_back({0, 1 + static_cast<int>(random() % static_cast<unsigned>(threads))});
+    if (threads > 0) configs.push_back({0, threads});
+    const int64_t spins[] = {0, 2000, 100000};
+    WorkerPool pool(configs, round % 2 == 0, spins[random() % 3]);
+    std::vector<std::thread> callers;
+    for (unsigned caller = 0; caller < 1 + random() % 3; ++caller) {
+      callers.emplace_back([&pool, seed = static_cast<unsigned>(random())] {
+        std::minstd_rand own(seed);
+        for (int section = 0; section < 60; ++section) {
+          Shapes shapes(&pool);
+          shapes.seed = static_cast<unsigned>(own());
+          std::vector<int64_t> counts;
+          for (int s = 0; s < pool.subpools(); ++s)
+            counts.push_back(static_cast<int64_t>(own() % 3 == 0 ? own() % 4 : own() % 200));
+          pool.run(counts.data(), &Shapes::unit, &shapes);
+          for (int64_t unit = 0; unit < 200; ++unit) {
+            int64_t expected = 0;
+            for (const int64_t count : counts) expected += unit < count ? 1 : 0;
+            CHECK_EQUAL(shapes.runs[static_cast<size_t>(unit)].load(), expected);
+          }
+          CHECK_EQUAL(shapes.inner.load() % (Shapes::kInner * pool.subpools()), int64_t{0});
+          if (own() % 8 == 0) usleep(static_cast<useconds_t>(own() % 200));
+        }
+      });
+    }
+    for (std::thread &caller : callers) caller.join();
+  }
+}
+
 TEST(writes_of_units_are_visible_to_the_caller_and_the_next_section) {
   WorkerPool pool(on_node_0({3}), true, -1);
   std::vector<int64_t> values(300, 0);

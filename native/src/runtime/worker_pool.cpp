@@ -22,9 +22,29 @@ constexpr int64_t kCrowdedSpinNs = 2000;
 // A woken worker wakes as many others, so that waking n parked ones takes log2(n) steps.
 constexpr int kWakeFanOut = 2;
 
+// For so long, who has run out of units leaves the slots of others alone: to look into one takes its line
+// from its owner, which in a short section is just about to need it.
+constexpr int64_t kSearchAfterNs = 400;
+
+// In Slot::unfinished: the submitter sleeps, and this slot is one of those in unfinished_slots_.
+constexpr uint64_t kWatched = uint64_t{1} << 63;
+
 constexpr uint64_t pack_range(uint32_t begin, uint32_t end) { return uint64_t{begin} << 32 | end; }
 constexpr uint32_t range_begin(uint64_t range) { return static_cast<uint32_t>(range >> 32); }
 constexpr uint32_t range_end(uint64_t range) { return static_cast<uint32_t>(range); }
+constexpr bool range_empty(uint64_t range) { return range_begin(range) >= range_end(range); }
+
+// Spins until `ready()` holds, about kSearchAfterNs; returns whether it holds.
+template <typename Ready>
+bool ready_soon(Ready ready) noexcept {
+  if (ready()) return true;
+  const int64_t start = now_ns();
+  do {
+    pause_cpu();
+    if (ready()) return true;
+  } while (now_ns() - start < kSearchAfterNs);
+  return false;
+}
 
 // Of all pools: threads that may take part, 0 for no limit; threads of the largest pool; number of pools.
 std::atomic<int> thread_limit{0};
@@ -78,6 +98,7 @@ WorkerPool::WorkerPool(std::vector<SubpoolConfig> subpools, bool bind, int64_t s
     subpools_[i].node = config.numa_node;
     subpools_[i].threads = config.threads;
     subpools_[i].slots = std::make_unique<Slot[]>(static_cast<size_t>(config.threads));
+    subpools_[i].sleepers = std::make_unique<Sleepers[]>(static_cast<size_t>((config.threads + 63) / 64));
     subpools_[i].affinity.resize(static_cast<size_t>(config.threads));
   }
   thread_count_ = static_cast<int>(threads);
@@ -197,19 +218,19 @@ void WorkerPool::apply_limit(int limit) noexcept {
   int64_t others = 0, given = 0;
   for (int s = 0; s < subpool_count_; ++s) {
     Subpool &subpool = subpools_[s];
-    uint32_t active = static_cast<uint32_t>(subpool.threads);
+    int active = subpool.threads;
     if (alone) {
       active = s == 0 ? 1 : 0;
     } else if (!all) {
       others += subpool.threads - 1;
       const int64_t upto = others * (limit - subpool_count_) / std::max(1, thread_count_ - subpool_count_);
-      active = static_cast<uint32_t>(1 + upto - given);
+      active = static_cast<int>(1 + upto - given);
       given = upto;
     }
-    const uint32_t before = subpool.active.exchange(active, std::memory_order_seq_cst);
-    if (before < active) futex_wake(subpool.active, INT_MAX);
+    const int before = subpool.active.exchange(active, std::memory_order_relaxed);
     // Whoever spins for the next section learns that it is not for him.
-    if (before > active) subpool.generation.fetch_add(1, std::memory_order_seq_cst);
+    if (active < before) ++section_;
+    for (int w = active; w < before; ++w) subpool.slots[w].section.store(section_, std::memory_order_release);
   }
 }
 
@@ -221,10 +242,13 @@ Lane WorkerPool::lane(int subpool, int worker) const noexcept {
 void WorkerPool::stop_threads() noexcept {
   if (!running_threads_) return;
   stopping_.store(true, std::memory_order_release);
-  apply_limit(0);
+  ++section_;
   for (int s = 0; s < subpool_count_; ++s) {
-    subpools_[s].generation.fetch_add(1, std::memory_order_seq_cst);
-    futex_wake(subpools_[s].generation, INT_MAX);
+    for (int w = 0; w < subpools_[s].threads; ++w) {
+      std::atomic<uint32_t> &section = subpools_[s].slots[w].section;
+      section.store(section_, std::memory_order_release);
+      futex_wake(section, 1);
+    }
   }
   for (const Worker &worker : workers_) pthread_join(worker.thread, nullptr);
   workers_.clear();
@@ -238,11 +262,11 @@ void WorkerPool::after_fork_in_child() noexcept {
   new (&section_mutex_) std::mutex();
   for (int s = 0; s < subpool_count_; ++s) {
     Subpool &subpool = subpools_[s];
-    subpool.parked.store(0, std::memory_order_relaxed);
-    for (int w = 0; w < subpool.threads; ++w) subpool.slots[w].range.store(0, std::memory_order_relaxed);
+    for (int w = 0; w < subpool.threads; ++w) {
+      subpool.slots[w].range.store(0, std::memory_order_relaxed);
+      subpool.sleepers[w / 64].bits.store(0, std::memory_order_relaxed);
+    }
   }
-  remaining_.store(0, std::memory_order_relaxed);
-  submitter_parked_.store(0, std::memory_order_relaxed);
 }
 
 void *WorkerPool::thread_main(void *argument) noexcept {
@@ -257,31 +281,53 @@ void *WorkerPool::thread_main(void *argument) noexcept {
 void WorkerPool::work(int subpool_index, int worker) noexcept {
   const Frame frame(this, subpool_index, worker);
   Subpool &subpool = subpools_[subpool_index];
+  const std::atomic<uint32_t> &section = subpool.slots[worker].section;
   Contention contention;
   for (;;) {
     // Read before the work is looked for: a section that opens in between is noticed below.
-    const uint32_t seen = subpool.generation.load(std::memory_order_acquire);
+    const uint32_t seen = section.load(std::memory_order_acquire);
     if (stopping_.load(std::memory_order_acquire)) return;
-    const uint32_t active = subpool.active.load(std::memory_order_seq_cst);
-    if (static_cast<uint32_t>(worker) >= active) {
-      futex_wait(subpool.active, active);
-      continue;
+    const bool active = worker < subpool.active.load(std::memory_order_relaxed);
+    if (active) {
+      run_own(subpool_index, worker);
+      if (ready_soon([&section, seen] { return section.load(std::memory_order_acquire) != seen; })) continue;
+      run_others(subpool_index, worker, seen);
     }
-    drain(subpool_index, worker);
-    wait_for_section(subpool, seen, contention);
+    wait_for_section(subpool, worker, seen, active, contention);
   }
 }
 
-void WorkerPool::wait_for_section(Subpool &subpool, uint32_t seen, Contention &contention) noexcept {
-  const auto changed = [&subpool, seen] {
-    return subpool.generation.load(std::memory_order_acquire) != seen;
-  };
-  if (spin_until(changed, crowded_ ? std::min(spin_ns_, kCrowdedSpinNs) : spin_ns_, contention)) return;
-  // Counted before the kernel compares the generation, while run() changes the generation before it
-  // reads the count: one of the two sees the other.
-  subpool.parked.fetch_add(1, std::memory_order_seq_cst);
-  while (!changed()) futex_wait(subpool.generation, seen);
-  if (subpool.parked.fetch_sub(1, std::memory_order_seq_cst) > 1) futex_wake(subpool.generation, kWakeFanOut);
+void WorkerPool::wait_for_section(Subpool &subpool, int worker, uint32_t seen, bool spin,
+                                  Contention &contention) noexcept {
+  std::atomic<uint32_t> &section = subpool.slots[worker].section;
+  const auto changed = [&section, seen] { return section.load(std::memory_order_acquire) != seen; };
+  const int64_t limit = !spin ? 0 : crowded_ ? std::min(spin_ns_, kCrowdedSpinNs) : spin_ns_;
+  if (spin_until(changed, limit, contention)) return;
+  std::atomic<uint64_t> &sleepers = subpool.sleepers[worker / 64].bits;
+  const uint64_t bit = uint64_t{1} << (worker % 64);
+  // Set before the section is looked at again, while run() changes the section before it looks at the bits.
+  // Both look and set in one operation, so that one of the two comes second and sees the other.
+  sleepers.fetch_or(bit, std::memory_order_acq_rel);
+  while (!changed()) futex_wait(section, seen);
+  sleepers.fetch_and(~bit, std::memory_order_acq_rel);
+  wake_sleepers(subpool);
+}
+
+// Wakes workers whose share is not finished; they wake more. Even one whose share has been taken over has
+// something to do: whoever took it has left a share behind.
+void WorkerPool::wake_sleepers(Subpool &subpool) noexcept {
+  int woken = 0;
+  for (int base = 0; base < subpool.threads; base += 64) {
+    uint64_t bits = subpool.sleepers[base / 64].bits.fetch_add(0, std::memory_order_acq_rel);
+    for (; bits != 0; bits &= bits - 1) {
+      Slot &slot = subpool.slots[base + __builtin_ctzll(bits)];
+      const uint32_t section = slot.section.load(std::memory_order_acquire);
+      if ((slot.unfinished.load(std::memory_order_relaxed) & ~kWatched) == 0) continue;
+      if (slot.woken.exchange(section, std::memory_order_relaxed) == section) continue;
+      futex_wake(slot.section, 1);
+      if (++woken == kWakeFanOut) return;
+    }
+  }
 }
 
 void WorkerPool::run(const int64_t *unit_counts, UnitFn fn, void *context, const SpanLabel &label) {
@@ -311,22 +357,15 @@ void WorkerPool::run(const int64_t *unit_counts, UnitFn fn, void *context, const
   }
   if (!running_threads_) start_threads(nullptr);
 
-  fn_ = fn;
-  context_ = context;
-  label_ = label;
   ++section_;
-  remaining_.store(total, std::memory_order_relaxed);
   // Other nodes first: their workers have the longer way.
+  for (int s = subpool_count_ - 1; s >= 0; --s) deal(s, unit_counts[s], fn, context, label);
+  // After all stores, which until here need not wait for one another.
   for (int s = subpool_count_ - 1; s >= 0; --s) {
-    if (unit_counts[s] == 0) continue;
-    Subpool &subpool = subpools_[s];
-    deal(subpool, unit_counts[s]);
-    subpool.generation.fetch_add(1, std::memory_order_seq_cst);
-    if (subpool.parked.load(std::memory_order_seq_cst) != 0) futex_wake(subpool.generation, kWakeFanOut);
+    if (unit_counts[s] != 0) wake_sleepers(subpools_[s]);
   }
-  if (drain(0, 0)) return;
-  const SpanScope span(own_lane(), {Stage::wait, label.layer}, 0);
-  wait_for_completion();
+  run_own(0, 0);
+  wait_for_completion(label.layer);
 }
 
 void WorkerPool::run_serially(const int64_t *unit_counts, UnitFn fn, void *context, int subpool,
@@ -336,67 +375,82 @@ void WorkerPool::run_serially(const int64_t *unit_counts, UnitFn fn, void *conte
   }
 }
 
-void WorkerPool::deal(Subpool &subpool, int64_t units) noexcept {
-  const int active = static_cast<int>(subpool.active.load(std::memory_order_relaxed));
+void WorkerPool::deal(int subpool_index, int64_t units, UnitFn fn, void *context,
+                      const SpanLabel &label) noexcept {
+  Subpool &subpool = subpools_[subpool_index];
+  const int64_t active = subpool.active.load(std::memory_order_relaxed);
+  subpool.dealt = static_cast<int>(std::min(active, units));
   const int64_t share = units / active;
   const int64_t larger = units % active;
-  int64_t begin = 0;
-  for (int w = 0; w < active && begin < units; ++w) {
+  // The submitter's own share last: the others have the longer way.
+  for (int w = subpool.dealt - 1; w >= 0; --w) {
+    Slot &slot = subpool.slots[w];
+    const int64_t begin = w * share + std::min<int64_t>(w, larger);
     const int64_t end = begin + share + (w < larger ? 1 : 0);
-    subpool.slots[w].range.store(pack_range(static_cast<uint32_t>(begin), static_cast<uint32_t>(end)),
-                                 std::memory_order_release);
-    begin = end;
+    slot.fn = fn;
+    slot.context = context;
+    slot.label = label;
+    slot.unfinished.store(static_cast<uint64_t>(end - begin), std::memory_order_relaxed);
+    slot.range.store(pack_range(static_cast<uint32_t>(begin), static_cast<uint32_t>(end)),
+                     std::memory_order_release);
+    slot.section.store(section_, std::memory_order_release);
   }
 }
 
-// Runs units until none is left to take; true when this completed the section.
-bool WorkerPool::drain(int subpool_index, int worker) noexcept {
-  Subpool &subpool = subpools_[subpool_index];
-  std::atomic<uint64_t> &own = subpool.slots[worker].range;
+// Runs the units that are left of the worker's share.
+void WorkerPool::run_own(int subpool_index, int worker) noexcept {
+  Slot &slot = subpools_[subpool_index].slots[worker];
   const TraceState traced = tracing();
-  uint64_t began = traced != 0 ? trace_ticks(traced) : 0;
-  // Before the units are retired: until then the section is open, and whoever waits for it finds them.
-  const auto record = [&](int64_t units) {
-    if (traced != 0) record_span(traced, lane(subpool_index, worker), label_, section_, began, units);
-  };
-  int64_t finished = 0;
-  uint64_t range = own.load(std::memory_order_acquire);
-  while (range_begin(range) < range_end(range)) {
+  const uint64_t began = traced != 0 ? trace_ticks(traced) : 0;
+  uint64_t finished = 0;
+  uint64_t range = slot.range.load(std::memory_order_acquire);
+  while (!range_empty(range)) {
     const uint32_t unit = range_begin(range);
     const uint64_t rest = pack_range(unit + 1, range_end(range));
-    if (!own.compare_exchange_weak(range, rest, std::memory_order_acq_rel, std::memory_order_acquire))
+    if (!slot.range.compare_exchange_weak(range, rest, std::memory_order_acq_rel, std::memory_order_acquire))
       continue;
-    fn_(context_, subpool_index, worker, unit);
+    slot.fn(slot.context, subpool_index, worker, unit);
     ++finished;
-    range = own.load(std::memory_order_acquire);
+    range = slot.range.load(std::memory_order_acquire);
   }
-  // Before looking at others: the last unit of a section should not wait for a search.
-  if (finished > 0) {
-    record(finished);
-    if (retire(finished)) return true;
-  }
+  if (finished == 0) return;
+  // Before the units are retired: until then the section is open, and whoever waits for it finds them.
+  if (traced != 0)
+    record_span(traced, lane(subpool_index, worker), slot.label, slot.section.load(std::memory_order_relaxed),
+                began, static_cast<int64_t>(finished));
+  retire(slot, finished);
+}
 
-  for (int step = 1; step < subpool.threads;) {
+// Takes units over from the other workers of the subpool until none is left, or until the worker's next
+// section opens after `seen`.
+void WorkerPool::run_others(int subpool_index, int worker, uint32_t seen) noexcept {
+  Subpool &subpool = subpools_[subpool_index];
+  const std::atomic<uint32_t> &section = subpool.slots[worker].section;
+  for (int step = 1; step < subpool.threads && section.load(std::memory_order_relaxed) == seen;) {
     const int other = worker + step < subpool.threads ? worker + step : worker + step - subpool.threads;
-    const uint64_t stolen = steal(subpool.slots[other].range, subpool.threads);
-    if (range_begin(stolen) == range_end(stolen)) {
+    Slot &slot = subpool.slots[other];
+    const uint64_t stolen = steal(slot.range, subpool.threads);
+    if (range_empty(stolen)) {
       ++step;
       continue;
     }
-    if (traced != 0) began = trace_ticks(traced);
+    const TraceState traced = tracing();
+    const uint64_t began = traced != 0 ? trace_ticks(traced) : 0;
+    const uint32_t units = range_end(stolen) - range_begin(stolen);
     for (uint32_t unit = range_begin(stolen); unit < range_end(stolen); ++unit)
-      fn_(context_, subpool_index, worker, unit);
-    record(range_end(stolen) - range_begin(stolen));
-    if (retire(range_end(stolen) - range_begin(stolen))) return true;
+      slot.fn(slot.context, subpool_index, worker, unit);
+    if (traced != 0)
+      record_span(traced, lane(subpool_index, worker), slot.label,
+                  slot.section.load(std::memory_order_relaxed), began, units);
+    retire(slot, units);
   }
-  return false;
 }
 
 // Takes units from the tail of a range; empty when there are none. What is taken cannot be taken again
 // from the thief (its own slot may be dealt to at any time), so it is a small part of what is left.
 uint64_t WorkerPool::steal(std::atomic<uint64_t> &victim, int threads) noexcept {
   uint64_t range = victim.load(std::memory_order_acquire);
-  while (range_begin(range) < range_end(range)) {
+  while (!range_empty(range)) {
     const uint32_t begin = range_begin(range);
     const uint32_t end = range_end(range);
     const uint32_t part = std::max<uint32_t>(1, (end - begin) / (2 * static_cast<uint32_t>(threads)));
@@ -407,29 +461,47 @@ uint64_t WorkerPool::steal(std::atomic<uint64_t> &victim, int threads) noexcept 
   return 0;
 }
 
-// Counts finished units; true for the call that completes the section.
-bool WorkerPool::retire(int64_t units) noexcept {
-  if (remaining_.fetch_sub(units, std::memory_order_acq_rel) != units) return false;
-  // Until this store the submitter cannot go on, so section_ still is the one just completed. A
-  // submitter that parks has announced it before it compares: one of the two sees the other.
-  completed_.store(section_, std::memory_order_seq_cst);
-  if (submitter_parked_.load(std::memory_order_seq_cst) != 0) futex_wake(completed_, 1);
-  return true;
+// Counts finished units of a slot, whoever ran them. Nothing of the slot may be read afterwards.
+void WorkerPool::retire(Slot &slot, uint64_t units) noexcept {
+  if (slot.unfinished.fetch_sub(units, std::memory_order_acq_rel) != kWatched + units) return;
+  if (unfinished_slots_.fetch_sub(1, std::memory_order_acq_rel) == 1) futex_wake(unfinished_slots_, 1);
 }
 
-void WorkerPool::wait_for_completion() noexcept {
-  const auto done = [this] { return completed_.load(std::memory_order_acquire) == section_; };
+void WorkerPool::wait_for_completion(int layer) noexcept {
+  // The slot dealt last, or over the longest way, is finished last most of the time. Only the slot that is
+  // waited for is read, so that the others keep their lines; after it come those that are finished, and the
+  // reads of their lines overlap.
+  int s = subpool_count_ - 1, w = 0;
+  const auto done = [this, &s, &w] {
+    for (; s >= 0; --s, w = 0) {
+      const Subpool &subpool = subpools_[s];
+      for (; w < subpool.dealt; ++w) {
+        if (subpool.slots[w].unfinished.load(std::memory_order_acquire) != 0) return false;
+      }
+    }
+    return true;
+  };
+  if (ready_soon(done)) return;
+  run_others(0, 0, section_);
+  const SpanScope span(own_lane(), {Stage::wait, layer}, 0);
   const int64_t limit = crowded_ ? kCrowdedSpinNs : std::max(spin_ns_, kCrowdedSpinNs);
   if (spin_until(done, limit, submitter_contention_)) return;
   // A worker that lost its CPU may hold a range that it took from another.
-  if (drain(0, 0)) return;
-  submitter_parked_.store(1, std::memory_order_seq_cst);
-  for (;;) {
-    const uint32_t seen = completed_.load(std::memory_order_seq_cst);
-    if (seen == section_) break;
-    futex_wait(completed_, seen);
+  run_others(0, 0, section_);
+
+  // Each slot that is marked before its last unit is retired will be counted down by who retires that one.
+  // One more stands for this loop.
+  uint32_t slots = 0, finished = 1;
+  for (int i = 0; i < subpool_count_; ++i) slots += static_cast<uint32_t>(subpools_[i].dealt);
+  unfinished_slots_.store(slots + 1, std::memory_order_relaxed);
+  for (int i = 0; i < subpool_count_; ++i) {
+    for (int j = 0; j < subpools_[i].dealt; ++j) {
+      if (subpools_[i].slots[j].unfinished.fetch_or(kWatched, std::memory_order_acq_rel) == 0) ++finished;
+    }
   }
-  submitter_parked_.store(0, std::memory_order_relaxed);
+  uint32_t left = unfinished_slots_.fetch_sub(finished, std::memory_order_acq_rel) - finished;
+  for (; left != 0; left = unfinished_slots_.load(std::memory_order_acquire))
+    futex_wait(unfinished_slots_, left);
 }
 
 int WorkerPool::cpu(int subpool, int worker) const noexcept {

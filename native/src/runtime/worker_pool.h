@@ -60,10 +60,10 @@ class WorkerPool : private ForkListener {
 
   // Runs fn(context, subpool, worker, unit) for each unit in 0 .. unit_counts[subpool] - 1 on the
   // threads of each subpool and returns when all are done. Each worker starts with a contiguous share;
-  // one that runs out takes from the tails of others. Callers on several threads take turns. From
-  // inside a unit of the same pool all units run on the calling worker: with its own index for units
-  // of its own subpool, with index 0 for others. At most 2^32 - 1 units a subpool (KTK_ERR_ARGUMENT).
-  // Traces show the section under `label`.
+  // one that runs out takes from the tails of others. With fewer units than threads, the workers without
+  // a unit are left alone. Callers on several threads take turns. From inside a unit of the same pool all
+  // units run on the calling worker: with its own index for units of its own subpool, with index 0 for
+  // others. At most 2^32 - 1 units a subpool (KTK_ERR_ARGUMENT). Traces show the section under `label`.
   void run(const int64_t *unit_counts, UnitFn fn, void *context, const SpanLabel &label = {});
 
   // For the spans of work on this pool that is no section: of worker 0 of subpool 0, in whose place the
@@ -89,22 +89,38 @@ class WorkerPool : private ForkListener {
   bool bind_submitter() const noexcept;
 
  private:
-  // Units not yet started, `begin` in the upper and `end` in the lower half. The owner takes from the
-  // front and thieves from the back, each with one compare-and-swap. Whoever has taken a unit keeps
-  // the section open until it is retired; therefore a worker that arrives late, even from an earlier
-  // section, either finds nothing or takes a unit of the section that is open now.
+  // One worker's share of the open section, and the line that this worker polls between sections: what opens
+  // a section for it brings the share along, and no line is polled or counted down by all.
+  //
+  // `range` holds the units not yet started, `begin` in the upper and `end` in the lower half. The owner
+  // takes from the front and thieves from the back, each with one compare-and-swap. Whoever has taken a unit
+  // keeps the section open until the unit is retired; therefore a worker that arrives late, even from an
+  // earlier section, either finds nothing or takes a unit of the section that is open now. fn, context and
+  // label are written only while no unit is left that anyone could take, and read only by who has taken one.
   struct alignas(kLineBytes) Slot {
     std::atomic<uint64_t> range{0};
+    std::atomic<uint64_t> unfinished{0};  // units dealt and not yet retired; see kWatched
+    UnitFn fn = nullptr;
+    void *context = nullptr;
+    SpanLabel label;
+    std::atomic<uint32_t> section{0};  // the last that was dealt here; its worker waits for it to change
+    std::atomic<uint32_t> woken{0};    // the last section for which somebody undertook to wake the worker
+  };
+
+  // Of 64 workers, those that sleep or are about to. Each sets and clears its own bit.
+  struct alignas(kLineBytes) Sleepers {
+    std::atomic<uint64_t> bits{0};
   };
 
   struct alignas(kLineBytes) Subpool {
-    alignas(kLineBytes) std::atomic<uint32_t> generation{0};  // workers wait for it to change
-    alignas(kLineBytes) std::atomic<uint32_t> parked{0};
-    alignas(kLineBytes) int node = 0;
+    int node = 0;
     int threads = 0;
-    std::atomic<uint32_t> active{0};  // workers below it take part; the others wait for it to change
+    std::atomic<int> active{0};  // workers below it take part
     std::unique_ptr<Slot[]> slots;
+    std::unique_ptr<Sleepers[]> sleepers;    // [threads / 64, rounded up]
     std::vector<std::vector<int>> affinity;  // [threads], empty: any CPU
+    // Of the submitter alone.
+    alignas(kLineBytes) int dealt = 0;  // slots that the open section uses, from the first on
   };
 
   struct Worker {
@@ -123,15 +139,18 @@ class WorkerPool : private ForkListener {
   void stop_threads() noexcept;
   static void *thread_main(void *argument) noexcept;
   void work(int subpool, int worker) noexcept;
-  void wait_for_section(Subpool &subpool, uint32_t seen, Contention &contention) noexcept;
+  void wait_for_section(Subpool &subpool, int worker, uint32_t seen, bool spin,
+                        Contention &contention) noexcept;
+  void wake_sleepers(Subpool &subpool) noexcept;
   void apply_limit(int limit) noexcept;
   Lane lane(int subpool, int worker) const noexcept;
   void run_serially(const int64_t *unit_counts, UnitFn fn, void *context, int subpool, int worker) noexcept;
-  void deal(Subpool &subpool, int64_t units) noexcept;
-  bool drain(int subpool, int worker) noexcept;
+  void deal(int subpool, int64_t units, UnitFn fn, void *context, const SpanLabel &label) noexcept;
+  void run_own(int subpool, int worker) noexcept;
+  void run_others(int subpool, int worker, uint32_t seen) noexcept;
   static uint64_t steal(std::atomic<uint64_t> &victim, int threads) noexcept;
-  bool retire(int64_t units) noexcept;
-  void wait_for_completion() noexcept;
+  void retire(Slot &slot, uint64_t units) noexcept;
+  void wait_for_completion(int layer) noexcept;
 
   int subpool_count_ = 0;
   int thread_count_ = 0;
@@ -140,26 +159,19 @@ class WorkerPool : private ForkListener {
   int applied_limit_ = 0;  // of which the subpools' `active` is the consequence
   int active_threads_ = 0;
   bool crowded_ = false;
+  std::atomic<bool> stopping_{false};
   int64_t spin_ns_ = 0;
   std::unique_ptr<Subpool[]> subpools_;
   std::vector<Worker> workers_;
   std::string warnings_;
   bool running_threads_ = false;
 
-  std::mutex forward_mutex_;
+  // From here on, what a submitter writes: workers read what is above in each section.
+  alignas(kLineBytes) std::mutex forward_mutex_;
   std::mutex section_mutex_;
-
-  // The open section; written only while no unit is left that a worker could take.
-  UnitFn fn_ = nullptr;
-  void *context_ = nullptr;
-  SpanLabel label_;
   uint32_t section_ = 0;
   Contention submitter_contention_;
-
-  std::atomic<bool> stopping_{false};
-  alignas(kLineBytes) std::atomic<int64_t> remaining_{0};
-  alignas(kLineBytes) std::atomic<uint32_t> completed_{0};  // the last section that a worker completed
-  alignas(kLineBytes) std::atomic<uint32_t> submitter_parked_{0};
+  alignas(kLineBytes) std::atomic<uint32_t> unfinished_slots_{0};  // while the submitter sleeps
 };
 
 }  // namespace ktk
