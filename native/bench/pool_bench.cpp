@@ -4,6 +4,7 @@
 //
 // Everything is measured in turns (ours, the bound, ours, the bound ...), so that a neighbour on the
 // machine disturbs both. libgomp is told to spin for ever, which is when its hand-over is fastest.
+#include <cpuid.h>
 #include <omp.h>
 #include <sched.h>
 #include <sys/resource.h>
@@ -142,30 +143,96 @@ Trips round_trips(const Machine &machine, size_t count) {
 
 // ---- parallel sections ---------------------------------------------------------------------------
 
+// Ticks between which something went on.
+struct Interval {
+  uint64_t began, ended;
+};
+
+// What one thread did, in the order of time, in memory that is its own: to note it takes no line from others.
+struct alignas(kLineBytes) Notes {
+  std::vector<Interval> intervals;
+
+  void reserve(size_t most) {
+    intervals.resize(most);  // touches the memory
+    intervals.clear();
+  }
+};
+
+// From the call until the last unit begins, and from the end of the last unit until the call returns.
+struct Halves {
+  std::vector<double> start_ns, join_ns;
+
+  void add(const Machine &machine, const std::vector<Interval> &calls, const std::vector<Notes> &threads) {
+    std::vector<size_t> next(threads.size());
+    for (const Interval &call : calls) {
+      uint64_t began = call.began, ended = call.began;
+      for (size_t t = 0; t < threads.size(); ++t) {
+        const std::vector<Interval> &units = threads[t].intervals;
+        for (size_t &at = next[t]; at < units.size() && units[at].ended <= call.ended; ++at) {
+          if (units[at].began < call.began) continue;
+          began = std::max(began, units[at].began);
+          ended = std::max(ended, units[at].ended);
+        }
+      }
+      start_ns.push_back(machine.ticks.ns(began - call.began));
+      join_ns.push_back(machine.ticks.ns(call.ended - ended));
+    }
+  }
+  std::string json() const {
+    return Json().raw("start_ns", spread(start_ns)).raw("join_ns", spread(join_ns)).text();
+  }
+};
+
 struct Body {
   uint64_t ticks;  // of work in each unit; 0: empty
   std::atomic<int64_t> away{0};
+  std::vector<Notes> *notes = nullptr;
 
   static void unit(void *context, int, int worker, int64_t unit) noexcept {
     Body &body = *static_cast<Body *>(context);
+    if (body.notes != nullptr) {
+      const uint64_t began = __rdtsc();
+      if (body.ticks != 0) spin_ticks(body.ticks);
+      (*body.notes)[static_cast<size_t>(worker)].intervals.push_back({began, __rdtsc()});
+      return;
+    }
     if (body.ticks == 0) return;
     if (worker != unit) body.away.fetch_add(1, std::memory_order_relaxed);
     spin_ticks(body.ticks);
   }
 };
 
-void time_pool(const Machine &machine, int threads, int sections, Body &body, std::vector<double> *into) {
+// Sections of a unit for each thread, without the first tenth.
+std::vector<Interval> run_pool(const Machine &machine, int threads, int sections, Body &body) {
   unbind(machine);
   WorkerPool pool({{machine.node, threads}}, true, 1000000000);
   if (!pool.bind_submitter()) throw std::runtime_error("threads cannot be bound");
   const int64_t units = threads;
+  std::vector<Interval> calls;
+  calls.reserve(static_cast<size_t>(sections));
   for (int i = -sections / 10; i < sections; ++i) {
     const uint64_t begin = __rdtsc();
     pool.run(&units, &Body::unit, &body);
     const uint64_t end = __rdtsc();
-    if (i >= 0) into->push_back(machine.ticks.ns(end - begin));
+    if (i >= 0) calls.push_back({begin, end});
     if (i < 0) body.away.store(0);
   }
+  return calls;
+}
+
+void time_pool(const Machine &machine, int threads, int sections, Body &body, std::vector<double> *into) {
+  for (const Interval &call : run_pool(machine, threads, sections, body))
+    into->push_back(machine.ticks.ns(call.ended - call.began));
+}
+
+// The units note when they begin and end, which takes some time itself.
+void halve_pool(const Machine &machine, int threads, int sections, Body &body, Halves *into) {
+  const size_t most = 2 * static_cast<size_t>(sections) * static_cast<size_t>(threads);
+  std::vector<Notes> notes(static_cast<size_t>(threads));
+  for (Notes &own : notes) own.reserve(most);
+  body.notes = &notes;
+  into->add(machine, run_pool(machine, threads, sections, body), notes);
+  body.notes = nullptr;
 }
 
 void time_openmp(const Machine &machine, int threads, int sections, uint64_t work,
@@ -193,6 +260,7 @@ std::string sections(const Machine &machine, const Settings &settings) {
   for (size_t threads = 1; threads <= machine.cpus.size(); ++threads) {
     const int count = static_cast<int>(threads);
     std::vector<double> empty, empty_openmp, worked, worked_openmp, fastest_trips, trips;
+    Halves empty_halves, worked_halves;
     Body nothing{0}, work{machine.ticks.of_ns(kWorkNs)};
     int64_t away = 0;
     for (int round = 0; round < settings.rounds; ++round) {
@@ -206,6 +274,8 @@ std::string sections(const Machine &machine, const Settings &settings) {
       time_pool(machine, count, kSections, work, &worked);
       away += work.away.load();
       time_openmp(machine, count, kSections, work.ticks, &worked_openmp);
+      halve_pool(machine, count, kSections, nothing, &empty_halves);
+      halve_pool(machine, count, kSections, work, &worked_halves);
     }
     for (double &ns : worked) ns -= kWorkNs;
     for (double &ns : worked_openmp) ns -= kWorkNs;
@@ -215,6 +285,8 @@ std::string sections(const Machine &machine, const Settings &settings) {
         .raw("openmp_empty_ns", spread(empty_openmp))
         .raw("hand_over_ns", spread(worked))
         .raw("openmp_hand_over_ns", spread(worked_openmp))
+        .raw("empty_halves", empty_halves.json())
+        .raw("hand_over_halves", worked_halves.json())
         .number("units_taken_over",
                 static_cast<double>(away) / (static_cast<double>(settings.rounds) * kSections * count));
     std::printf("%2d threads: empty %7.0f ns, with work %7.0f ns; libgomp %7.0f and %7.0f ns", count,
@@ -229,6 +301,165 @@ std::string sections(const Machine &machine, const Settings &settings) {
           .number("hand_over_to_openmp", median(worked) / median(worked_openmp));
       std::printf("; round trip %.0f ns, ratios %.2f and %.2f", median(trips), median(empty) / bound,
                   median(worked) / bound);
+    }
+    std::printf("; start and join %.0f + %.0f ns, with work %.0f + %.0f ns\n", median(empty_halves.start_ns),
+                median(empty_halves.join_ns), median(worked_halves.start_ns), median(worked_halves.join_ns));
+    rows += (rows.empty() ? "\n  " : ",\n  ") + row.text();
+  }
+  return "[" + rows + "]";
+}
+
+// ---- the lines of a hand-over --------------------------------------------------------------------
+
+// Starts threads and waits for them, and nothing else: no shares, no stealing, nobody parks. What a pool can
+// come to, by the lines that carry its start and its join.
+enum class Lines {
+  one,      // all poll one line and count down one counter
+  own,      // each polls and reports on a line of its own, and the submitter walks over all
+  fetched,  // the same, and the submitter asks for all lines before it writes the first
+  tree,     // each wakes four and collects from four
+};
+
+bool has_prefetchw() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(0x80000001, &a, &b, &c, &d) != 0 && (c & 1u << 8) != 0;
+}
+
+class HandOver {
+ public:
+  HandOver(const Machine &machine, Lines lines, size_t threads, size_t rounds)
+      : machine_(machine), lines_(lines), count_(threads), rounds_(rounds), of_(threads), notes_(threads) {
+    for (Notes &own : notes_) own.reserve(rounds);
+  }
+
+  void run(Halves *halves, std::vector<double> *total_ns) {
+    unbind(machine_);
+    std::vector<std::thread> threads;
+    std::atomic<size_t> ready{0};
+    for (size_t t = 1; t < count_; ++t) {
+      threads.emplace_back([this, t, &ready] {
+        bind(machine_.cpus[t]);
+        ready.fetch_add(1);
+        for (uint32_t round = 1; round <= rounds_; ++round) {
+          await(lines_ == Lines::one ? shared_.go : of_[t].go, round);
+          const uint64_t began = __rdtsc();
+          start(t, round);
+          const uint64_t ended = __rdtsc();
+          notes_[t].intervals.push_back({began, ended});
+          join(t, round);
+        }
+      });
+    }
+    while (ready.load() != count_ - 1) sched_yield();
+    bind(machine_.cpus[0]);
+    std::vector<Interval> calls;
+    calls.reserve(rounds_);
+    for (uint32_t round = 1; round <= rounds_; ++round) {
+      const uint64_t began = __rdtsc();
+      start(0, round);
+      join(0, round);
+      calls.push_back({began, __rdtsc()});
+    }
+    for (std::thread &thread : threads) thread.join();
+    calls.erase(calls.begin(), calls.begin() + static_cast<std::ptrdiff_t>(rounds_ / 10));
+    for (const Interval &call : calls) total_ns->push_back(machine_.ticks.ns(call.ended - call.began));
+    halves->add(machine_, calls, notes_);
+  }
+
+ private:
+  static constexpr size_t kFanOut = 4;
+
+  struct alignas(kLineBytes) Own {
+    std::atomic<uint32_t> go{0};
+    std::atomic<uint32_t> done{0};
+    alignas(kLineBytes) std::atomic<uint32_t> arrived{0};  // of this thread and those it wakes, of all rounds
+  };
+  struct Shared {
+    alignas(kLineBytes) std::atomic<uint32_t> go{0};
+    alignas(kLineBytes) std::atomic<uint32_t> arrived{0};
+    alignas(kLineBytes) std::atomic<uint32_t> done{0};
+  };
+
+  static void await(const std::atomic<uint32_t> &word, uint32_t round) {
+    while (word.load(std::memory_order_acquire) != round) ktk::pause_cpu();
+  }
+  size_t first_child(size_t t) const { return std::min(count_, t * kFanOut + 1); }
+
+  void start(size_t t, uint32_t round) {
+    if (lines_ == Lines::one && t == 0) shared_.go.store(round, std::memory_order_release);
+    const bool own = (lines_ == Lines::own || lines_ == Lines::fetched) && t == 0;
+    if (!own && lines_ != Lines::tree) return;
+    const size_t end = own ? count_ : first_child(t + 1);
+    for (size_t child = first_child(t); lines_ == Lines::fetched && child < end; ++child)
+      __asm__ volatile("prefetchw %0" : : "m"(of_[child].go));
+    for (size_t child = first_child(t); child < end; ++child)
+      of_[child].go.store(round, std::memory_order_release);
+  }
+
+  void join(size_t t, uint32_t round) {
+    const auto all = static_cast<uint32_t>(count_);
+    switch (lines_) {
+      case Lines::one:
+        if (shared_.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == round * all)
+          shared_.done.store(round, std::memory_order_release);
+        if (t == 0) await(shared_.done, round);
+        return;
+      case Lines::own:
+      case Lines::fetched:
+        if (t != 0) of_[t].done.store(round, std::memory_order_release);
+        // The one that was started last is the last to finish, most of the time.
+        for (size_t other = count_ - 1; t == 0 && other > 0; --other) await(of_[other].done, round);
+        return;
+      case Lines::tree:
+        for (size_t at = t;; at = (at - 1) / kFanOut) {
+          const auto below = static_cast<uint32_t>(first_child(at + 1) - first_child(at) + 1);
+          const bool last = of_[at].arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == round * below;
+          if (at == 0 && last) of_[0].done.store(round, std::memory_order_release);
+          if (at == 0 || !last) break;
+        }
+        if (t == 0) await(of_[0].done, round);
+        return;
+    }
+  }
+
+  const Machine &machine_;
+  const Lines lines_;
+  const size_t count_;
+  const size_t rounds_;
+  std::vector<Own> of_;
+  std::vector<Notes> notes_;
+  Shared shared_;
+};
+
+std::string hand_overs(const Machine &machine, const Settings &settings) {
+  constexpr size_t kRounds = 2000;
+  struct Scheme {
+    const char *name;
+    Lines lines;
+    Halves halves = {};
+    std::vector<double> total_ns = {};
+  };
+  std::string rows;
+  const size_t cpus = machine.cpus.size();
+  for (size_t threads = 2; threads <= cpus;
+       threads = threads < cpus ? std::min(2 * threads, cpus) : cpus + 1) {
+    std::vector<Scheme> schemes = {{"one_line", Lines::one},
+                                   {"own_lines", Lines::own},
+                                   {"own_lines_fetched", Lines::fetched},
+                                   {"tree", Lines::tree}};
+    if (!has_prefetchw()) schemes.erase(schemes.begin() + 2);
+    for (int round = 0; round < settings.rounds; ++round) {
+      for (Scheme &scheme : schemes)
+        HandOver(machine, scheme.lines, threads, kRounds).run(&scheme.halves, &scheme.total_ns);
+    }
+    Json row;
+    row.number("threads", static_cast<double>(threads));
+    std::printf("hand-over of %zu threads, start + join:", threads);
+    for (const Scheme &scheme : schemes) {
+      row.raw(scheme.name,
+              Json().raw("total_ns", spread(scheme.total_ns)).raw("halves", scheme.halves.json()).text());
+      std::printf("%s %s %.0f + %.0f ns, in all %.0f ns", &scheme == schemes.data() ? "" : ";", scheme.name,
+                  median(scheme.halves.start_ns), median(scheme.halves.join_ns), median(scheme.total_ns));
     }
     std::printf("\n");
     rows += (rows.empty() ? "\n  " : ",\n  ") + row.text();
@@ -600,9 +831,9 @@ int run(int count, char **arguments) {
       .number("nice", getpriority(PRIO_PROCESS, 0));
   std::string text = "{\"machine\": " + report.text();
   const std::pair<const char *, std::string (*)(const Machine &, const Settings &)> parts[] = {
-      {"sections", &sections}, {"submit_to_start", &submissions},
-      {"reading", &reading},   {"oversubscription", &crowds},
-      {"spans", &spans},       {"idle", &idle}};
+      {"sections", &sections}, {"hand_over", &hand_overs},    {"submit_to_start", &submissions},
+      {"reading", &reading},   {"oversubscription", &crowds}, {"spans", &spans},
+      {"idle", &idle}};
   for (const auto &[name, measure] : parts) {
     if (settings.only.empty() || settings.only == name)
       text += ",\n \"" + std::string(name) + "\": " + measure(machine, settings);

@@ -22,9 +22,9 @@ constexpr int64_t kCrowdedSpinNs = 2000;
 // A woken worker wakes as many others, so that waking n parked ones takes log2(n) steps.
 constexpr int kWakeFanOut = 2;
 
-// For so long, who has run out of units leaves the slots of others alone: to look into one takes its line
-// from its owner, which in a short section is just about to need it.
-constexpr int64_t kSearchAfterNs = 400;
+// For so long, who has run out of units leaves the slots of others alone: to look into one takes its line from
+// its owner, who in a short section is just about to need it. Longer than an empty section, shorter than a unit.
+constexpr int64_t kSearchAfterNs = 1000;
 
 // In Slot::unfinished: the submitter sleeps, and this slot is one of those in unfinished_slots_.
 constexpr uint64_t kWatched = uint64_t{1} << 63;
@@ -37,11 +37,14 @@ constexpr bool range_empty(uint64_t range) { return range_begin(range) >= range_
 // Spins until `ready()` holds, about kSearchAfterNs; returns whether it holds.
 template <typename Ready>
 bool ready_soon(Ready ready) noexcept {
+  constexpr int kPausesPerCheck = 4;
   if (ready()) return true;
   const int64_t start = now_ns();
   do {
-    pause_cpu();
-    if (ready()) return true;
+    for (int i = 0; i < kPausesPerCheck; ++i) {
+      pause_cpu();
+      if (ready()) return true;
+    }
   } while (now_ns() - start < kSearchAfterNs);
   return false;
 }
