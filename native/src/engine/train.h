@@ -16,6 +16,7 @@
 #include <memory>
 #include <vector>
 
+#include "engine/adapter_tiles.h"
 #include "engine/batch.h"
 #include "engine/moe.h"
 #include "engine/route.h"
@@ -65,6 +66,11 @@ class Training {
   void start(Run &run) const;
   void place(Run &run, bool measuring) const;
   void keep_input(Run &run) const;
+  // Rows [first_row, first_row + count) and columns of an adapter's matrix [rows][columns] of an expert.
+  AdapterMatrix adapter(const void *values, int64_t expert_id, int64_t rows, int64_t columns,
+                        int64_t first_row, int64_t count, int64_t first_column, int64_t column_count) const;
+  AdapterMatrix down_a(int64_t expert_id, int64_t first, int64_t count) const;
+  AdapterPair gate_up_a(int64_t expert_id, int64_t first, int64_t count) const;
   void pack_adapters(Run &run, bool backward) const;
   void adapter_input(Run &run) const;
   void adapter_middle(Run &run) const;

@@ -103,8 +103,9 @@ void Training::grad_down(Run &run) const {
     const uint8_t *lora_tiles = nullptr;
     if (run.adapted) {
       const Gemm &rank = run.extra.down_rank;
-      lora_tiles =
-          part.down_a_back + (e * shard.panels + column / kPanelColumns) * int64_t{rank.steps} * kTileBytes;
+      tiles_of_columns({down_a(expert.id, shard.range.first + column, columns), {}, 0, 0},
+                       {worker.lora_tiles, rank.steps * kTileBytes, kTileBytes, panels, rank.steps});
+      lora_tiles = worker.lora_tiles;
       lora = {&rank, run.grad_down_input + int64_t{expert.first} * rank.steps * kStepBytes, lora_tiles};
     }
     for (int32_t first = 0; first < expert.rows; first += kPassRows) {
@@ -190,7 +191,6 @@ void Training::grad_gate_up(Run &run) const {
   const TrainKernels &kernels = moe_.backend().train;
   const FormatKernels &bf16 = moe_.backend().formats[KTK_FORMAT_BF16];
   const int64_t hidden = config.hidden_size, padded = align_up(hidden, kPanelColumns);
-  const int64_t hidden_panels = padded / kPanelColumns;
   const int64_t runs = divide_up(hidden, run.token_columns);
   const std::vector<int64_t> units = units_of_shards(runs);
   const auto unit = [&](int s, int index, int64_t which) {
@@ -219,8 +219,11 @@ void Training::grad_gate_up(Run &run) const {
       LoraProduct lora{};
       const bool adapted = run.adapted && s == 0;
       if (adapted) {
+        AdapterPair a = gate_up_a(expert.id, column, columns);
+        a.second_depth = run.even_rank;
+        tiles_of_columns(a, {worker.lora_tiles, rank.steps * kTileBytes, kTileBytes, panels, rank.steps});
         lora = {&rank, run.grad_gate_up_input[0] + int64_t{expert.first} * rank.steps * kStepBytes,
-                run.gate_up_a_back + (e * hidden_panels + column / kPanelColumns) * rank.steps * kTileBytes};
+                worker.lora_tiles};
       }
       const DownArgs down = {
           &part.gate_up_gemm,

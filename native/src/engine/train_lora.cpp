@@ -29,55 +29,44 @@ void add_parts(const std::vector<float *> &parts, int64_t first, int64_t count, 
 
 }  // namespace
 
-// The adapters as tiles, of the forward's products and, with `backward`, of the way back too.
+AdapterMatrix Training::adapter(const void *values, int64_t expert_id, int64_t rows, int64_t columns,
+                                int64_t first_row, int64_t count, int64_t first_column,
+                                int64_t column_count) const {
+  const int64_t at = (expert_id * rows + first_row) * columns + first_column;
+  return {static_cast<const uint8_t *>(values) + at * dtype_bytes(lora_.dtype), lora_.dtype, count,
+          column_count, columns};
+}
+
+// A of down, its columns [first, first + count) of the intermediate.
+AdapterMatrix Training::down_a(int64_t expert_id, int64_t first, int64_t count) const {
+  const int64_t rank = config_.lora_rank;
+  return adapter(lora_.down_a, expert_id, rank, moe_.config().intermediate_size, 0, rank, first, count);
+}
+
+// A of gate and of up, columns [first, first + count) of the input, one below the other.
+AdapterPair Training::gate_up_a(int64_t expert_id, int64_t first, int64_t count) const {
+  const int64_t rank = config_.lora_rank, hidden = moe_.config().hidden_size;
+  return {adapter(lora_.gate_a, expert_id, rank, hidden, 0, rank, first, count),
+          adapter(lora_.up_a, expert_id, rank, hidden, 0, rank, first, count), 0, 0};
+}
+
+// The adapters as tiles, of the forward's products and, with `backward`, of the way back too. What the way
+// back uses once for each run of columns, A transposed, its units make for themselves.
 void Training::pack_adapters(Run &run, bool backward) const {
   if (!run.adapted) return;
   const ktk_moe_config &config = moe_.config();
-  const TrainKernels &kernels = moe_.backend().train;
-  const int64_t width = dtype_bytes(lora_.dtype), rank = run.rank;
-  const int64_t hidden = config.hidden_size, intermediate = config.intermediate_size;
-  const int64_t hidden_steps = run.hidden.steps, hidden_panels = divide_up(hidden, kPanelColumns);
-  const int64_t stacked_steps = run.extra.gate_up_rank.steps, rank_steps = run.extra.down_rank.steps;
+  const int64_t rank = run.rank, hidden = config.hidden_size, intermediate = config.intermediate_size;
+  const auto hidden_panels = static_cast<int32_t>(divide_up(hidden, kPanelColumns));
 
   // The first tensor found not finite: its index among the names, times experts, plus the expert, plus 1.
   std::atomic<int64_t> broken{0};
-  const auto report = [&](int tensor, int32_t expert_id, int32_t failed) {
-    if (failed != 0)
-      broken.store(int64_t{tensor} * config.num_experts + expert_id + 1, std::memory_order_relaxed);
-  };
-  const auto tensor = [&](const void *base, int64_t expert_id, int64_t rows, int64_t columns,
-                          int64_t first_row, int64_t first_column, int64_t count) {
-    const auto *values = static_cast<const uint8_t *>(base) +
-                         ((expert_id * rows + first_row) * columns + first_column) * width;
-    return matrix(values, lora_.dtype, count, columns);
-  };
-  const auto as_tiles = [&](const Source &source, int64_t rows, int64_t to_column, int64_t to_depth,
-                            int64_t steps, int64_t panel_stride, int64_t step_stride, uint8_t *to) {
-    const PackTilesArgs args = {source,
-                                static_cast<int32_t>(rows),
-                                static_cast<int32_t>(to_column),
-                                static_cast<int32_t>(to_depth),
-                                static_cast<int32_t>(steps),
-                                panel_stride,
-                                step_stride,
-                                to};
-    return kernels.pack_tiles(&args);
-  };
-  const auto as_pairs = [&](const Source &source, int64_t rows, int64_t to_column, int64_t to_depth,
-                            int64_t first_column, int64_t columns, int64_t steps, uint8_t *to) {
-    const PackPairsArgs args = {source,
-                                0,
-                                static_cast<int32_t>(rows),
-                                static_cast<int32_t>(to_column),
-                                static_cast<int32_t>(to_depth),
-                                static_cast<int32_t>(first_column),
-                                static_cast<int32_t>(columns),
-                                static_cast<int32_t>(steps),
-                                to};
-    return kernels.pack_pairs(&args);
+  const auto report = [&](int first, int second, int32_t expert_id, NotFinite failed) {
+    if (failed == 0) return;
+    const int tensor = (failed & 1) != 0 ? first : second;
+    broken.store(int64_t{tensor} * config.num_experts + expert_id + 1, std::memory_order_relaxed);
   };
 
-  enum Kind { kGateUpA, kDownB, kDownBBack, kGateUpABack, kGateUpB, kDownA, kDownABack, kGateUpBBack };
+  enum Kind { kGateUpA, kDownB, kDownBBack, kGateUpB, kDownA, kGateUpBBack };
   struct Job {
     Kind kind;
     int32_t expert;
@@ -88,19 +77,13 @@ void Training::pack_adapters(Run &run, bool backward) const {
     std::vector<Job> &own = jobs[static_cast<size_t>(e % shards)];
     own.push_back({kGateUpA, e});
     if (run.packs_forward) own.push_back({kDownB, e});
-    if (backward) {
-      own.push_back({kDownBBack, e});
-      own.push_back({kGateUpABack, e});
-    }
+    if (backward) own.push_back({kDownBBack, e});
     for (int s = 0; s < shards; s++) {
       if (moe_.store().shard(s).empty()) continue;
       std::vector<Job> &list = jobs[static_cast<size_t>(s)];
       list.push_back({kDownA, e});
       if (run.packs_forward) list.push_back({kGateUpB, e});
-      if (backward) {
-        list.push_back({kDownABack, e});
-        list.push_back({kGateUpBBack, e});
-      }
+      if (backward) list.push_back({kGateUpBBack, e});
     }
   }
   std::vector<int64_t> units;
@@ -109,89 +92,62 @@ void Training::pack_adapters(Run &run, bool backward) const {
     const Job job = jobs[static_cast<size_t>(s)][static_cast<size_t>(index)];
     const int32_t id = run.expert(job.expert).id;
     const ExpertStore::Shard &shard = moe_.store().shard(s);
-    Run::Shard &part = run.shards[static_cast<size_t>(s)];
-    TrainingBatch::Shard &extra = run.extra.shards[static_cast<size_t>(s)];
+    const Run::Shard &part = run.shards[static_cast<size_t>(s)];
+    const TrainingBatch::Shard &extra = run.extra.shards[static_cast<size_t>(s)];
     const int64_t first = shard.range.first, columns = shard.columns();
-    const auto cleared = [&](uint8_t *base, int64_t bytes) {
-      uint8_t *to = base + job.expert * bytes;
-      std::memset(to, 0, static_cast<size_t>(bytes));
-      return to;
+    // Of a job's tiles, panel after panel.
+    const auto span = [&](uint8_t *base, int32_t panels, int32_t steps) {
+      const int64_t panel_bytes = steps * kTileBytes;
+      return TileSpan{base + job.expert * panels * panel_bytes, panel_bytes, kTileBytes, panels, steps};
     };
+    const auto rows_of_b = [&](const void *b) {
+      return adapter(b, id, intermediate, rank, first, columns, 0, rank);
+    };
+    const AdapterMatrix nothing = {lora_.gate_b, lora_.dtype, 0, 0, 0};
     switch (job.kind) {
       case kGateUpA: {
-        uint8_t *to = cleared(run.gate_up_a, run.stacked_panels * hidden_steps * kTileBytes);
-        const int64_t panel = hidden_steps * kTileBytes;
-        report(0, id,
-               as_tiles(tensor(lora_.gate_a, id, rank, hidden, 0, 0, hidden), rank, 0, 0, hidden_steps, panel,
-                        kTileBytes, to));
-        report(2, id,
-               as_tiles(tensor(lora_.up_a, id, rank, hidden, 0, 0, hidden), rank, run.even_rank, 0,
-                        hidden_steps, panel, kTileBytes, to));
+        AdapterPair pair = gate_up_a(id, 0, hidden);
+        pair.second_column = run.even_rank;
+        report(0, 2, id, tiles_of_rows(pair, span(run.gate_up_a, run.stacked_panels, run.hidden.steps)));
         return;
       }
       case kDownB: {
-        uint8_t *to = cleared(run.extra.down_tiles, run.extra.down_tile_bytes);
-        report(5, id,
-               as_tiles(tensor(lora_.down_b, id, hidden, rank, 0, 0, rank), hidden, 0, 0, rank_steps,
-                        rank_steps * kTileBytes, kTileBytes, to));
+        const AdapterMatrix b = adapter(lora_.down_b, id, hidden, rank, 0, hidden, 0, rank);
+        report(5, 5, id,
+               tiles_of_rows({b, {}, 0, 0},
+                             span(run.extra.down_tiles, hidden_panels, run.extra.down_rank.steps)));
         return;
       }
       case kDownBBack: {
-        uint8_t *to = cleared(run.down_b_back, run.rank_panels * hidden_steps * kTileBytes);
-        report(5, id,
-               as_pairs(tensor(lora_.down_b, id, hidden, rank, 0, 0, rank), hidden, 0, 0, 0, rank,
-                        hidden_steps, to));
-        return;
-      }
-      case kGateUpABack: {
-        uint8_t *to = cleared(run.gate_up_a_back, hidden_panels * stacked_steps * kTileBytes);
-        report(0, id,
-               as_pairs(tensor(lora_.gate_a, id, rank, hidden, 0, 0, hidden), rank, 0, 0, 0, hidden,
-                        stacked_steps, to));
-        report(2, id,
-               as_pairs(tensor(lora_.up_a, id, rank, hidden, 0, 0, hidden), rank, 0, run.even_rank, 0, hidden,
-                        stacked_steps, to));
+        const AdapterMatrix b = adapter(lora_.down_b, id, hidden, rank, 0, hidden, 0, rank);
+        report(5, 5, id,
+               tiles_of_columns({b, {}, 0, 0}, span(run.down_b_back, run.rank_panels, run.hidden.steps)));
         return;
       }
       case kGateUpB: {
-        uint8_t *to = cleared(extra.gate_up_tiles, extra.gate_up_tile_bytes);
-        const int64_t panel = 2 * stacked_steps * kTileBytes;
-        report(1, id,
-               as_tiles(tensor(lora_.gate_b, id, intermediate, rank, first, 0, rank), columns, 0, 0,
-                        stacked_steps, panel, 2 * kTileBytes, to));
-        report(3, id,
-               as_tiles(tensor(lora_.up_b, id, intermediate, rank, first, 0, rank), columns, 0, run.even_rank,
-                        stacked_steps, panel, 2 * kTileBytes, to + kTileBytes));
+        // Tiles of gate and up by turns; the ranks of up come after those of gate.
+        TileSpan to =
+            span(extra.gate_up_tiles, static_cast<int32_t>(shard.panels), 2 * run.extra.gate_up_rank.steps);
+        to.step_stride_bytes = 2 * kTileBytes;
+        to.steps = run.extra.gate_up_rank.steps;
+        report(1, 1, id, tiles_of_rows({rows_of_b(lora_.gate_b), {}, 0, 0}, to));
+        to.tiles += kTileBytes;
+        report(3, 3, id, tiles_of_rows({nothing, rows_of_b(lora_.up_b), 0, run.even_rank}, to));
         return;
       }
-      case kDownA: {
-        const int64_t steps = part.z_gemm.steps;
-        uint8_t *to = cleared(part.down_a, run.rank_panels * steps * kTileBytes);
-        report(4, id,
-               as_tiles(tensor(lora_.down_a, id, rank, intermediate, 0, first, columns), rank, 0, 0, steps,
-                        steps * kTileBytes, kTileBytes, to));
+      case kDownA:
+        report(4, 4, id,
+               tiles_of_rows({down_a(id, first, columns), {}, 0, 0},
+                             span(part.down_a, run.rank_panels, part.z_gemm.steps)));
         return;
-      }
-      case kDownABack: {
-        uint8_t *to = cleared(part.down_a_back, shard.panels * rank_steps * kTileBytes);
-        report(4, id,
-               as_pairs(tensor(lora_.down_a, id, rank, intermediate, 0, first, columns), rank, 0, 0, 0,
-                        columns, rank_steps, to));
-        return;
-      }
       case kGateUpBBack: {
-        const int64_t steps = part.gate_up_gemm.steps;
-        uint8_t *to = cleared(part.gate_up_b_back, run.stacked_panels * steps * kTileBytes);
-        for (int which = 0; which < 2; which++) {
-          const void *b = which == 0 ? lora_.gate_b : lora_.up_b;
-          for (int64_t row = 0; row < columns; row += 32) {
-            // Rows 32 i .. of gate lie in step 2 i, those of up in step 2 i + 1.
-            const int64_t count = std::min<int64_t>(32, columns - row);
-            const Source source = tensor(b, id, intermediate, rank, first + row, 0, rank);
-            report(1 + 2 * which, id,
-                   as_pairs(source, count, which * run.even_rank, row * 2 + which * 32, 0, rank, steps, to));
-          }
-        }
+        // Rows 32 i .. of gate lie in step 2 i, those of up in step 2 i + 1.
+        TileSpan to = span(part.gate_up_b_back, run.stacked_panels, part.gate_up_gemm.steps);
+        to.step_stride_bytes = 2 * kTileBytes;
+        to.steps = part.gate_up_gemm.steps / 2;
+        report(1, 1, id, tiles_of_columns({rows_of_b(lora_.gate_b), {}, 0, 0}, to));
+        to.tiles += kTileBytes;
+        report(3, 3, id, tiles_of_columns({nothing, rows_of_b(lora_.up_b), run.even_rank, 0}, to));
         return;
       }
     }

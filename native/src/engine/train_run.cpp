@@ -23,6 +23,7 @@ Training::Run::Worker Training::Run::worker(int shard, int index) const {
   };
   w.product = reinterpret_cast<float *>(take(int64_t{kScratchFloats} * 4));
   w.tiles = take(tile_bytes);
+  w.lora_tiles = take(lora_tile_bytes);
   w.operand = take(operand_bytes);
   w.out = reinterpret_cast<float *>(take(out_floats * 4));
   w.out2 = reinterpret_cast<float *>(take(out_floats * 4));
@@ -130,13 +131,18 @@ void Training::start(Run &run) const {
                                run.token_columns / kPanelColumns * gate_up_steps,
                                int64_t{kGradColumns / kPanelColumns} * (kBlockTokens / 32)}) *
                      kTileBytes;
+    if (run.adapted) {
+      run.lora_tile_bytes = std::max(run.unit_columns / kPanelColumns * run.extra.down_rank.steps,
+                                     run.token_columns / kPanelColumns * run.extra.gate_up_rank.steps) *
+                            kTileBytes;
+    }
     run.out_floats =
         std::max<int64_t>(int64_t{kPassRows} * std::max(run.unit_columns, run.token_columns), middle);
     run.sum_floats = run.tokens * run.token_columns;
   }
   run.scratch_bytes = align_up(int64_t{kScratchFloats} * 4, 64) + align_up(run.tile_bytes, 64) +
-                      align_up(run.operand_bytes, 64) + 2 * align_up(run.out_floats * 4, 64) +
-                      align_up(run.sum_floats * 4, 64);
+                      align_up(run.lora_tile_bytes, 64) + align_up(run.operand_bytes, 64) +
+                      2 * align_up(run.out_floats * 4, 64) + align_up(run.sum_floats * 4, 64);
 }
 
 void Training::place(Run &run, bool measuring) const {
@@ -177,7 +183,6 @@ void Training::place(Run &run, bool measuring) const {
   }
   if (backward && run.adapted) {
     run.down_b_back = tiles_of(shared, run.rank_panels * int64_t{run.hidden.steps} * kTileBytes);
-    run.gate_up_a_back = tiles_of(shared, hidden_panels * run.extra.gate_up_rank.steps * kTileBytes);
     run.grad_down_middle = shared.place<float>(rows * run.rank_stride());
     run.grad_down_input = operand_of(shared, run.extra.down_rank);
     run.grad_gate_up_middle = shared.place<float>(rows * run.stacked_stride());
@@ -230,7 +235,6 @@ void Training::place(Run &run, bool measuring) const {
           part.partial = arena.place<float>(run.tokens * hidden_panels * kPanelColumns);
         }
         if (run.adapted) {
-          part.down_a_back = tiles_of(arena, shard.panels * run.extra.down_rank.steps * kTileBytes);
           part.gate_up_b_back =
               tiles_of(arena, run.stacked_panels * int64_t{part.gate_up_gemm.steps} * kTileBytes);
           part.grad_gate_up_middle = store.shard_count() > 1 ? arena.place<float>(rows * run.stacked_stride())

@@ -83,8 +83,7 @@ struct Training::Run {
   uint8_t *grad_down_input = nullptr;
   float *grad_gate_up_middle = nullptr;
   uint8_t *grad_gate_up_input[2] = {};  // with dropout gate and up apart
-  uint8_t *gate_up_a_back = nullptr;
-  struct Factor {  // transposed: [rank][rows of the expert], by blocks of kBlockTokens
+  struct Factor {                       // transposed: [rank][rows of the expert], by blocks of kBlockTokens
     const float *values;
     int32_t stride, first, columns;
     bool weighted;
@@ -98,7 +97,6 @@ struct Training::Run {
 
   struct Shard {
     uint8_t *down_a = nullptr;
-    uint8_t *down_a_back = nullptr;
     uint8_t *gate_up_b_back = nullptr;
     Gemm gate_up_gemm{};  // K: 32 columns of gate and 32 of up by turns
     Gemm z_gemm{};
@@ -114,10 +112,12 @@ struct Training::Run {
   std::vector<Shard> shards{};
 
   // A worker's scratch.
-  int64_t tile_bytes = 0, operand_bytes = 0, out_floats = 0, sum_floats = 0, scratch_bytes = 0;
+  int64_t tile_bytes = 0, lora_tile_bytes = 0, operand_bytes = 0, out_floats = 0, sum_floats = 0,
+          scratch_bytes = 0;
   struct Worker {
     float *product;
     uint8_t *tiles;
+    uint8_t *lora_tiles;  // A transposed, for a run of columns
     uint8_t *operand;
     float *out, *out2;
     float *sum;
