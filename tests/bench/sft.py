@@ -185,6 +185,18 @@ def base_backward(context: ForwardContext, grad: torch.Tensor) -> None:
     context._native.backward(*arguments[:-1], 0, **keywords)
 
 
+def traced(call: Callable[[], Any]) -> tuple[dict[str, float], Any]:
+    """Milliseconds of each stage of a call, and of the call as a whole (`all`), and what it returned."""
+    with ktk.profile() as trace:
+        began = time.perf_counter()
+        result = call()
+        spent = {"all": 1e3 * (time.perf_counter() - began)}
+    for stage in trace.summary.stages:
+        if stage.stage not in OUTER_STAGES:
+            spent[stage.stage] = stage.total_us / 1e3
+    return spent, result
+
+
 def measure(
     layer: Layer, choice: FormatChoice, tokens: int, rank: int, peak: PeakProbe, settings: Settings
 ) -> dict[str, Any]:
@@ -217,10 +229,11 @@ def measure(
         "saved_bytes": context.activation_bytes,
         "table_bytes": context.nbytes - context.activation_bytes,
     }
-    with ktk.profile() as trace:
-        context.backward(grad, grad_lora=gradients)
-    spent = {stage.stage: stage.total_us for stage in trace.summary.stages if stage.stage not in OUTER_STAGES}
+    # The first backward touches memory that later ones find in place.
+    context.backward(grad, grad_lora=gradients)
     base_backward(forward(layer.plain), grad)
+    ahead_ms, context = traced(lambda: forward(trainer))
+    back_ms, _ = traced(lambda: context.backward(grad, grad_lora=gradients))
 
     rounds: list[tuple[float, float, float, float]] = []
     deadline = time.perf_counter() + settings.cell_s
@@ -249,9 +262,11 @@ def measure(
     cell |= {
         name: {key: round(number, 4) for key, number in vars(value).items()} for name, value in times.items()
     }
-    total = sum(spent.values())
-    cell["stages"] = round(sum(spent.get(name, 0.0) for name in ADAPTER_STAGES) / total, 4) if total else None
-    cell["backward_stages_ms"] = {name: round(us / 1e3, 3) for name, us in spent.items()}
+    total = sum(back_ms.values()) - back_ms["all"]
+    adapters = sum(back_ms.get(name, 0.0) for name in ADAPTER_STAGES)
+    cell["stages"] = round(adapters / total, 4) if total else None
+    for name, spent in (("forward", ahead_ms), ("backward", back_ms)):
+        cell[f"{name}_stages_ms"] = {stage: round(ms, 3) for stage, ms in spent.items()}
     if settings.eager:
         seconds = eager_seconds(layer, trainer, lora, (x, ids, scores, grad), clock)
         cell["eager_ms"] = round(1e3 * seconds, 2)
