@@ -22,8 +22,9 @@ constexpr int64_t kCrowdedSpinNs = 2000;
 // A woken worker wakes as many others, so that waking n parked ones takes log2(n) steps.
 constexpr int kWakeFanOut = 2;
 
-// For so long, who has run out of units leaves the slots of others alone: to look into one takes its line from
-// its owner, who in a short section is just about to need it. Longer than an empty section, shorter than a unit.
+// For so long, who has run out of units leaves the slots of others alone: to look into one takes its line
+// from its owner, who in a short section is just about to need it. Longer than an empty section, shorter than
+// a unit.
 constexpr int64_t kSearchAfterNs = 1000;
 
 // In Slot::unfinished: the submitter sleeps, and this slot is one of those in unfinished_slots_.
