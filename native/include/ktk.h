@@ -276,9 +276,8 @@ typedef struct ktk_backward_args {
 KTK_API ktk_status ktk_sft_create(const ktk_sft_config *config, ktk_moe *moe, ktk_sft **sft);
 /* Its contexts can only be destroyed from then on. */
 KTK_API ktk_status ktk_sft_destroy(ktk_sft *sft);
-/* The tensors are kept and read in place by each forward and backward; nothing that is made of them outlives
-   the call. Where they change between a forward and its backward, the backward goes by what they hold then.
- */
+/* The tensors are kept and read in place by each forward and backward, and nothing made of them outlives the
+   call. Where they change between a forward and its backward, the backward goes by what they hold then. */
 KTK_API ktk_status ktk_sft_set_lora(ktk_sft *sft, const ktk_lora_tensors *tensors);
 KTK_API ktk_status ktk_sft_context_create(ktk_sft *sft, const ktk_sft_context_config *config,
                                           ktk_sft_context **context);
