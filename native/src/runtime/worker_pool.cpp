@@ -297,22 +297,29 @@ void WorkerPool::work(int subpool_index, int worker) noexcept {
       if (ready_soon([&section, seen] { return section.load(std::memory_order_acquire) != seen; })) continue;
       run_others(subpool_index, worker, seen);
     }
-    wait_for_section(subpool, worker, seen, active, contention);
+    wait_for_section(subpool_index, worker, seen, active, contention);
   }
 }
 
-void WorkerPool::wait_for_section(Subpool &subpool, int worker, uint32_t seen, bool spin,
+void WorkerPool::wait_for_section(int subpool_index, int worker, uint32_t seen, bool active,
                                   Contention &contention) noexcept {
+  Subpool &subpool = subpools_[subpool_index];
   std::atomic<uint32_t> &section = subpool.slots[worker].section;
   const auto changed = [&section, seen] { return section.load(std::memory_order_acquire) != seen; };
-  const int64_t limit = !spin ? 0 : crowded_ ? std::min(spin_ns_, kCrowdedSpinNs) : spin_ns_;
+  const int64_t limit = !active ? 0 : crowded_ ? std::min(spin_ns_, kCrowdedSpinNs) : spin_ns_;
   if (spin_until(changed, limit, contention)) return;
   std::atomic<uint64_t> &sleepers = subpool.sleepers[worker / 64].bits;
   const uint64_t bit = uint64_t{1} << (worker % 64);
   // Set before the section is looked at again, while run() changes the section before it looks at the bits.
   // Both look and set in one operation, so that one of the two comes second and sees the other.
   sleepers.fetch_or(bit, std::memory_order_acq_rel);
-  while (!changed()) futex_wait(section, seen);
+  // A share dealt after the last look may belong to a worker that is busy with this one's: so one more look,
+  // and one whenever somebody wakes.
+  for (;;) {
+    if (active) run_others(subpool_index, worker, seen);
+    if (changed()) break;
+    futex_wait(section, seen);
+  }
   sleepers.fetch_and(~bit, std::memory_order_acq_rel);
   wake_sleepers(subpool);
 }

@@ -139,8 +139,7 @@ class WorkerPool : private ForkListener {
   void stop_threads() noexcept;
   static void *thread_main(void *argument) noexcept;
   void work(int subpool, int worker) noexcept;
-  void wait_for_section(Subpool &subpool, int worker, uint32_t seen, bool spin,
-                        Contention &contention) noexcept;
+  void wait_for_section(int subpool, int worker, uint32_t seen, bool active, Contention &contention) noexcept;
   void wake_sleepers(Subpool &subpool) noexcept;
   void apply_limit(int limit) noexcept;
   Lane lane(int subpool, int worker) const noexcept;
