@@ -59,10 +59,34 @@ FORMATS: Mapping[str, FormatInfo] = MappingProxyType(
 """Weight formats by name."""
 
 METHODS: Mapping[str, str] = MappingProxyType(
-    {"AMXINT4": "int4", "AMXINT8": "int8", "BF16": "bf16", "FP8": "fp8"}
+    {
+        "AMXINT4": "int4",
+        "AMXINT8": "int8",
+        "BF16": "bf16",
+        "FP8": "fp8",
+        "MOE_INT4": "int4",
+        "MOE_INT8": "int8",
+    }
 )
 """Weight format of each method of `ktk.KTMoEWrapper`. The names are historical: all run on every instruction
 set."""
+
+METHOD_GROUP_SIZES: Mapping[str, int] = MappingProxyType({"MOE_INT4": 0, "MOE_INT8": 0})
+"""Group size of the methods that do not have the default one of their format."""
+
+_BF16_FIRST = "its checkpoints are not read; convert the experts to bfloat16 first"
+_METHODS_ELSEWHERE: Mapping[str, str] = MappingProxyType(
+    {
+        "RAWINT4": f"AMXINT4, with groups of 32, is the nearest; {_BF16_FIRST}",
+        "GPTQ_INT4": f"AMXINT4 with group_size=128 is the nearest; {_BF16_FIRST}",
+        "SYCL_GPTQ_INT4": f"AMXINT4 with group_size=128 is the nearest; {_BF16_FIRST}",
+        "FP8_PERCHANNEL": f"FP8 is the nearest, with scales for 128 columns; {_BF16_FIRST}",
+        "MXFP4": f"AMXINT4, with groups of 32, is the nearest; {_BF16_FIRST}",
+        "MXFP8": f"FP8, with scales for 128 columns, is the nearest; {_BF16_FIRST}",
+        "LLAMAFILE": "use any method with the checkpoint that the GGUF file was made from",
+    }
+)
+"""Methods of kt-kernel that are not here, and what to do."""
 
 
 def format_info(name: str) -> FormatInfo:
@@ -96,7 +120,7 @@ def format_of_method(method: str) -> str:
     Parameters
     ----------
     method : str
-        ``"AMXINT4"``, ``"AMXINT8"``, ``"BF16"`` or ``"FP8"``.
+        A key of `METHODS`.
 
     Returns
     -------
@@ -106,12 +130,18 @@ def format_of_method(method: str) -> str:
     Raises
     ------
     KtkArgumentError
-        If there is no such method; the message lists those there are.
+        If there is no such method; the message lists those there are, and for a method of kt-kernel says
+        what to use in its place.
     """
     try:
         return METHODS[method]
     except (KeyError, TypeError):
-        raise KtkArgumentError(f"unknown method {method!r}; valid methods: {', '.join(METHODS)}") from None
+        pass
+    if isinstance(method, str) and method in _METHODS_ELSEWHERE:
+        raise KtkArgumentError(f"ktk has no method {method!r}: {_METHODS_ELSEWHERE[method]}")
+    if isinstance(method, str) and "_SFT" in method:
+        raise KtkArgumentError(f"method {method!r} is for training; pass mode='sft' with it")
+    raise KtkArgumentError(f"unknown method {method!r}; valid methods: {', '.join(METHODS)}")
 
 
 def checked_int(name: str, value: object, low: int, high: int = MAX_INT32) -> int:

@@ -14,10 +14,11 @@ import torch
 
 from ktk import _native
 from ktk.buffers import BufferSet, KExpertsCPUBuffer, on_stream, stream_address, to_device, to_host
-from ktk.config import MAX_INT32, LayerConfig, checked_int, format_of_method
+from ktk.config import MAX_INT32, METHOD_GROUP_SIZES, LayerConfig, checked_int, format_of_method
 from ktk.errors import KtkArgumentError, KtkStateError
 from ktk.layer import Experts, checked_mask
 from ktk.runtime import CPUInfer
+from ktk.weights.kt_kernel import stored_group_size
 from ktk.weights.packed import find_packed, packed_path
 
 __all__ = ["AMXMoEWrapper", "BaseMoEWrapper", "Experts", "KTMoEWrapper", "generate_gpu_experts_masks"]
@@ -418,7 +419,7 @@ class BaseMoEWrapper(abc.ABC):
 
 
 class AMXMoEWrapper(BaseMoEWrapper):
-    """Backend of AMXINT4, AMXINT8, BF16 and FP8, on every instruction set; made by `KTMoEWrapper`."""
+    """Backend of all methods, on every instruction set; made by `KTMoEWrapper`."""
 
     def load_weights_from_tensors(
         self,
@@ -452,10 +453,10 @@ class AMXMoEWrapper(BaseMoEWrapper):
         )
 
     def load_weights(self, physical_to_logical_map_cpu: torch.Tensor | None = None) -> None:
-        """Load the layer from `weight_path`: a packed file, a directory of them, or a Hugging Face
-        checkpoint.
+        """Load the layer from `weight_path`: a packed file, a directory of them, a Hugging Face checkpoint,
+        or weights that kt-kernel has quantised.
 
-        A checkpoint is packed expert by expert; with `cpu_save`, packed weights are written beside it.
+        The latter two are packed expert by expert; with `cpu_save`, packed weights are written beside them.
 
         Parameters
         ----------
@@ -530,7 +531,7 @@ class KTMoEWrapper:
     threadpool_count : int, optional
         Subpools, one a NUMA node; default: one for each node that has CPUs.
     weight_path : path, optional
-        Packed weights or checkpoint for `load_weights`; directory for `cpu_save`.
+        Packed weights, checkpoint, or weights of kt-kernel for `load_weights`; directory for `cpu_save`.
     chunked_prefill_size : int, default 4096
         Most tokens in one batch.
     cpu_save : bool, default False
@@ -539,8 +540,8 @@ class KTMoEWrapper:
         Experts of each token that arrive with the next layer's result; default 0. Must be 0 on the last
         layer.
     method : str, default "AMXINT4"
-        ``"AMXINT4"``, ``"AMXINT8"``, ``"BF16"`` or ``"FP8"``. AMXINT4 uses groups of 32 unless `group_size`
-        says otherwise.
+        ``"AMXINT4"``, ``"AMXINT8"``, ``"BF16"``, ``"FP8"``, or ``"MOE_INT8"`` and ``"MOE_INT4"``, with one
+        scale a row. AMXINT4 uses groups of 32 unless `group_size` says otherwise.
     numa_nodes : sequence of int, optional
         NUMA node of each subpool; default: 0, 1, 2 ...
     mode : str, default "inference"
@@ -553,7 +554,8 @@ class KTMoEWrapper:
     swiglu_limit, swiglu_alpha : float, default 0.0
         Activation, see `ktk.config.LayerConfig`.
     group_size : int, optional
-        See `ktk.config.LayerConfig`; 0 with AMXINT4 is one scale a row.
+        See `ktk.config.LayerConfig`; 0 with AMXINT4 is one scale a row. Default, if `weight_path` has weights
+        of kt-kernel in the format of `method`: what holds them as they are.
     strict, isa
         See `ktk.config.LayerConfig`.
     cpu_infer : CPUInfer, optional
@@ -635,12 +637,17 @@ class KTMoEWrapper:
             )
         if mode != "inference":
             raise KtkArgumentError(f"unknown mode {mode!r}; valid modes: inference, sft")
+        weight_format = format_of_method(method)
+        if group_size is None:
+            group_size = METHOD_GROUP_SIZES.get(method)
+        if group_size is None:
+            group_size = stored_group_size(weight_path, layer_idx, weight_format)
         config = LayerConfig(
             num_experts=num_experts,
             num_experts_per_tok=num_experts_per_tok,
             hidden_size=hidden_size,
             intermediate_size=moe_intermediate_size,
-            format=format_of_method(method),
+            format=weight_format,
             group_size=group_size,
             swiglu_limit=swiglu_limit,
             swiglu_alpha=swiglu_alpha,

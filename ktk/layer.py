@@ -7,7 +7,7 @@ import dataclasses
 import os
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +18,8 @@ from ktk.buffers import BufferLifetimes, KExpertsCPUBuffer, stream_address, to_d
 from ktk.config import MAX_INT32, LayerConfig, checked_int
 from ktk.errors import KtkArgumentError, KtkStateError
 from ktk.runtime import CPUInfer, WorkerPoolConfig, default_threads, nodes_with_cpus
-from ktk.weights.checkpoint import Checkpoint, ExpertWeights
+from ktk.weights.checkpoint import CheckpointLayer, ExpertWeights
+from ktk.weights.kt_kernel import KTKernelLayer, layer_of, open_weights
 from ktk.weights.packed import PackedFile, PackedLayer, PackedWriter
 
 if TYPE_CHECKING:
@@ -385,13 +386,14 @@ class Experts:
         gpu_experts_mask: torch.Tensor | None = None,
         **options: Any,
     ) -> Self:
-        """Make a layer of a Hugging Face checkpoint, packing one expert at a time; shapes come from its
-        tensors.
+        """Make a layer of a Hugging Face checkpoint or of kt-kernel's weights, packing one expert at a time;
+        shapes come from its tensors.
 
         Parameters
         ----------
         path : path
-            Directory of the checkpoint, see `ktk.weights.Checkpoint`.
+            Directory of the checkpoint, see `ktk.weights.Checkpoint`, or of kt-kernel's weights, see
+            `ktk.weights.KTKernelWeights`; the latter also set the format and group size, unless given.
         layer_idx : int
             Which of its layers.
         num_experts_per_tok : int
@@ -412,8 +414,12 @@ class Experts:
         KtkUnsupportedError
             If its experts are quantised.
         """
-        with Checkpoint(path) as checkpoint:
-            source = checkpoint.layer(layer_idx)
+        with open_weights(path, layer_idx, options.get("format")) as weights:
+            source = layer_of(weights, layer_idx, options.get("format"))
+            if isinstance(source, KTKernelLayer):
+                options.setdefault("format", source.format)
+                if options.get("group_size") is None and options["format"] == source.format:
+                    options["group_size"] = source.group_size
             config = LayerConfig(
                 num_experts=source.num_experts,
                 num_experts_per_tok=num_experts_per_tok,
@@ -430,7 +436,7 @@ class Experts:
                 numa_nodes=numa_nodes,
                 gpu_experts_mask=gpu_experts_mask,
             )
-            layer._pack_all(source.expert, source.num_experts, source.bias, None, None, str(path))
+            layer._pack_all(layer._reader(source), source.num_experts, source.bias, None, None, str(path))
         return layer
 
     # ---- state ---------------------------------------------------------------------------------------
@@ -648,10 +654,14 @@ class Experts:
     ) -> None:
         """Quantise and pack the weights of this layer from a Hugging Face checkpoint, one expert at a time.
 
+        Weights that kt-kernel has quantised keep their codes where this layer has the same format, and their
+        scales too where it has one a row, see `ktk.weights.KTKernelLayer`.
+
         Parameters
         ----------
         path : path
-            Directory of the checkpoint, see `ktk.weights.Checkpoint`.
+            Directory of the checkpoint, see `ktk.weights.Checkpoint`, or of kt-kernel's weights, see
+            `ktk.weights.KTKernelWeights`.
         physical_to_logical_map : torch.Tensor or sequence of int, optional
             int64 ``[E]``: slot p holds expert ``map[p]`` of the checkpoint. Default: the identity.
         save_to : path, optional
@@ -664,17 +674,37 @@ class Experts:
         KtkUnsupportedError
             If its experts are quantised.
         """
-        with Checkpoint(path) as checkpoint:
-            layer = checkpoint.layer(self.config.layer_idx)
+        with open_weights(path, self.config.layer_idx, self.config.format) as weights:
+            source = layer_of(weights, self.config.layer_idx, self.config.format)
             for name in ("hidden_size", "intermediate_size"):
-                if getattr(layer, name) != getattr(self.config, name):
+                if getattr(source, name) != getattr(self.config, name):
+                    parts = getattr(source, "parts", 0)
                     raise KtkArgumentError(
-                        f"layer {self.config.layer_idx} of {path} has {name} {getattr(layer, name)}, and "
-                        f"this layer {getattr(self.config, name)}"
+                        f"layer {self.config.layer_idx} of {path} has {name} {getattr(source, name)}"
+                        f"{f', in {parts} NUMA parts,' if parts else ''} and this layer "
+                        f"{getattr(self.config, name)}"
                     )
             self._pack_all(
-                layer.expert, layer.num_experts, layer.bias, physical_to_logical_map, save_to, str(path)
+                self._reader(source),
+                source.num_experts,
+                source.bias,
+                physical_to_logical_map,
+                save_to,
+                str(path),
             )
+
+    def _reader(
+        self, source: CheckpointLayer | KTKernelLayer
+    ) -> Callable[[int], ExpertWeights | Mapping[str, Any]]:
+        """What reads an expert for `_pack`."""
+        if not isinstance(source, KTKernelLayer):
+            return source.expert
+        header = PackedLayer.from_config(self.config, bias=False)
+
+        def read(expert: int) -> ExpertWeights | Mapping[str, Any]:
+            return source.packed(expert, header) or source.expert(expert)
+
+        return read
 
     def save(self, path: str | os.PathLike[str], *, source: str = "") -> None:
         """Write the packed weights to a file that `from_packed` and `load_packed` read.
@@ -714,7 +744,7 @@ class Experts:
 
     def _pack_all(
         self,
-        read: Callable[[int], ExpertWeights],
+        read: Callable[[int], ExpertWeights | Mapping[str, Any]],
         logical_experts: int,
         bias: bool,
         physical_to_logical_map: torch.Tensor | Sequence[int] | None,
@@ -749,7 +779,14 @@ class Experts:
         self._bias = bias
         self._logical, self._logical_experts = slots, logical_experts
 
-    def _pack(self, slot: int, weights: ExpertWeights, clear_bias: bool) -> None:
+    def _pack(self, slot: int, weights: ExpertWeights | Mapping[str, Any], clear_bias: bool) -> None:
+        if isinstance(weights, Mapping):
+            for part in PackedLayer.from_config(self.config, bias=False).parts:
+                data = np.ascontiguousarray(weights[part.name])
+                self.native.import_part(slot, part.code, int(data.ctypes.data), data.nbytes)
+            if clear_bias:
+                self._import_zero_bias(slot)
+            return
         if self.config.format != "fp8":
             weights = weights.dequantised()
         dtype = weights.gate.dtype

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ktk import BaseMoEWrapper, Experts, KTMoEWrapper
-from ktk.config import FORMATS, METHODS, LayerConfig, format_info, format_of_method
+from ktk.config import FORMATS, METHOD_GROUP_SIZES, METHODS, LayerConfig, format_info, format_of_method
 from ktk.errors import KtkArgumentError, KtkError, KtkStateError
 from ktk.layer import shared_cpu_infer
 from torch_layers import Weights, assert_wrapper_matches, batch, clean_buffers, form_of
@@ -107,7 +107,14 @@ def test_defaults_of_the_formats() -> None:
 
 
 def test_tables_of_formats_and_methods() -> None:
-    assert dict(METHODS) == {"AMXINT4": "int4", "AMXINT8": "int8", "BF16": "bf16", "FP8": "fp8"}
+    assert dict(METHODS) == {
+        "AMXINT4": "int4",
+        "AMXINT8": "int8",
+        "BF16": "bf16",
+        "FP8": "fp8",
+        "MOE_INT4": "int4",
+        "MOE_INT8": "int8",
+    }
     assert set(METHODS.values()) == set(FORMATS)
     for name in FORMATS:
         assert format_info(name).name == name
@@ -115,6 +122,43 @@ def test_tables_of_formats_and_methods() -> None:
         format_of_method("FP4")
     with pytest.raises(KtkArgumentError, match="bf16, int8, int4"):
         format_info("fp4")
+
+
+#: Of kt-kernel's `KTMoEWrapper`.
+KT_KERNEL_METHODS = [
+    "AMXINT4",
+    "AMXINT8",
+    "BF16",
+    "FP8",
+    "FP8_PERCHANNEL",
+    "GPTQ_INT4",
+    "LLAMAFILE",
+    "MOE_INT4",
+    "MOE_INT8",
+    "MXFP4",
+    "MXFP8",
+    "RAWINT4",
+    "SYCL_GPTQ_INT4",
+]
+
+
+@pytest.mark.parametrize("name", KT_KERNEL_METHODS)
+def test_methods_of_kt_kernel(name: str) -> None:
+    """Each is there, or the message says what to use."""
+    if name in METHODS:
+        made = KTMoEWrapper(**{**WRAPPER, "method": name})
+        assert made.experts.config.format == METHODS[name]
+        if name.startswith("MOE_"):
+            assert made.experts.config.groups == 0
+        made.close()
+        return
+    with pytest.raises(KtkArgumentError, match=rf"ktk has no method '{name}': .*(bfloat16|checkpoint)"):
+        KTMoEWrapper(**{**WRAPPER, "method": name})
+
+
+def test_training_methods_need_the_mode() -> None:
+    with pytest.raises(KtkArgumentError, match="'AMXINT8_SFT' is for training; pass mode='sft'"):
+        KTMoEWrapper(**{**WRAPPER, "method": "AMXINT8_SFT"})
 
 
 @pytest.mark.parametrize(
@@ -276,8 +320,8 @@ def test_weights_that_are_not_finite(method: str, value: float) -> None:
         made.forward(*batch(5, 2))
     made.load_weights_from_tensors(*Weights.random(1).matrices(), torch.arange(4))
     inputs = batch(5, 2)
-    form = METHODS[method]
-    assert_wrapper_matches(made.forward(*inputs), Weights.random(1).reference(form_of(form)), *inputs)
+    form = form_of(METHODS[method], METHOD_GROUP_SIZES.get(method))
+    assert_wrapper_matches(made.forward(*inputs), Weights.random(1).reference(form), *inputs)
 
 
 def test_biases() -> None:

@@ -15,6 +15,7 @@ In all three the experts' parameters are gone from the model afterwards. ktk com
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from ktk.errors import KtkArgumentError, KtkUnsupportedError
 from ktk.layer import Experts, shared_cpu_infer
 from ktk.runtime import CPUInfer, WorkerPoolConfig
 from ktk.weights import Checkpoint, CheckpointLayer, discard_packed, find_packed, packed_path
+from ktk.weights.kt_kernel import stored_group_size
 
 __all__ = [
     "IMPLEMENTATION",
@@ -404,9 +406,9 @@ def load_model(
     dtype : torch.dtype or str, default "auto"
         Of everything but the experts. "auto": as in the checkpoint.
     packed : path, optional
-        Packed file, or directory of packed files (`ktk.weights.find_packed`). Layers found there are loaded
-        from it; if it is a directory, or does not exist, the others are packed from the checkpoint and
-        written there.
+        Packed file, or directory of packed files (`ktk.weights.find_packed`) or of kt-kernel's weights in
+        the format of `options`. Layers found there are loaded from it; if it is a directory, or does not
+        exist, the others are packed from the checkpoint and written there.
     progress : callable, optional
         Called with the number of layers done and of all layers, after each.
     load_experts : bool, default True
@@ -476,7 +478,7 @@ def load_model(
             return model.eval()
         cpu = _cpu_infer(options.threads)
         for done, found in enumerate(taken, start=1):
-            _install(found.module, _load_layer(found.config, root, packed, cpu, keep_packed))
+            _install(found.module, _load_layer(found.config, options, root, packed, cpu, keep_packed))
             if progress is not None:
                 progress(done, len(taken))
     rest = [name for name, module in expert_modules(model) if not hasattr(module, _LAYER)]
@@ -492,8 +494,16 @@ def load_model(
 
 
 def _load_layer(
-    config: LayerConfig, root: Path, packed: str | os.PathLike[str] | None, cpu: CPUInfer, keep_packed: bool
+    config: LayerConfig,
+    options: Options,
+    root: Path,
+    packed: str | os.PathLike[str] | None,
+    cpu: CPUInfer,
+    keep_packed: bool,
 ) -> Experts:
+    stored = stored_group_size(packed, config.layer_idx, config.format)
+    if stored is not None and options.group_size is None:
+        config = dataclasses.replace(config, group_size=stored)
     layer = Experts(config, cpu_infer=cpu)
     if packed is None:
         layer.load_checkpoint(root)
@@ -503,6 +513,8 @@ def _load_layer(
         layer.load_packed(file)
         if not keep_packed:
             discard_packed(packed, config.format, config.layer_idx)
+    elif stored is not None:
+        layer.load_checkpoint(packed)
     else:
         own = packed_path(packed, config.format, config.layer_idx)
         layer.load_checkpoint(root, save_to=own if keep_packed else None)

@@ -17,6 +17,7 @@ from ktk.sft.base import BaseSFTMoEWrapper
 from ktk.sft.config import SFTMethod, sft_method
 from ktk.sft.errors import KTAMXNotAvailableError
 from ktk.sft.native import Policy, TrainableExperts
+from ktk.weights.kt_kernel import stored_group_size
 from ktk.weights.packed import find_packed
 
 __all__ = ["AMXSFTMoEWrapper", "make_sft_wrapper"]
@@ -32,7 +33,7 @@ class AMXSFTMoEWrapper(BaseSFTMoEWrapper):
     method : str, default "AMXBF16_SFT"
         A key of `ktk.sft.config.SFT_METHODS`.
     weight_path : path, optional
-        What `load_weights` reads: packed files or a checkpoint.
+        What `load_weights` reads: packed files, a checkpoint, or weights that kt-kernel has quantised.
     **options
         `lora_rank`, `lora_alpha`, `lora_dropout`, `max_cache_depth`, `full_weight_grad`: see
         `BaseSFTMoEWrapper`.
@@ -107,7 +108,7 @@ class AMXSFTMoEWrapper(BaseSFTMoEWrapper):
         return self._plain
 
     def load_weights(self, physical_to_logical_map_cpu: torch.Tensor | None = None) -> None:
-        """Load from `weight_path`: packed files of this layer, or a checkpoint.
+        """Load from `weight_path`: packed files of this layer, a checkpoint, or weights of kt-kernel.
 
         Raises
         ------
@@ -258,13 +259,19 @@ def make_sft_wrapper(
         raise KTAMXNotAvailableError(
             "experts that are trained are all on the CPU; leave num_gpu_experts and gpu_experts_mask out"
         )
+    # kt-kernel's callers pass a group size with every method, and mean the group methods.
+    columns = group_size if kind.format == "int4" else None
+    if columns is None:
+        columns = kind.group_size
+    if columns is None:
+        columns = stored_group_size(weight_path, layer_idx, kind.format)
     config = LayerConfig(
         num_experts=num_experts,
         num_experts_per_tok=num_experts_per_tok,
         hidden_size=hidden_size,
         intermediate_size=moe_intermediate_size,
         format=kind.format,
-        group_size=group_size if kind.format == "int4" else None,
+        group_size=columns,
         swiglu_limit=swiglu_limit,
         swiglu_alpha=swiglu_alpha,
         max_tokens=chunked_prefill_size,

@@ -40,32 +40,44 @@ class SFTMethod:
         Weight format of the experts.
     skip_lora : bool
         Whether adapters are left out of both forward and backward.
+    group_size : int, optional
+        Input columns a scale unless the caller names others; default: that of the format.
     """
 
     name: str
     format: str
-    skip_lora: bool
+    skip_lora: bool = False
+    group_size: int | None = None
 
 
-_FORMAT_OF_METHOD = {
-    "AMXBF16_SFT": "bf16",
-    "AMXINT8_SFT": "int8",
-    "INT8_SFT": "int8",
-    "AMXINT4_SFT": "int4",
-    "AMXFP8_SFT": "fp8",
-}
+# kt-kernel's group methods have groups of 128 unless told otherwise. Those with a 1 have a smallest value
+# beside the scale, as all groups of int4 have an offset here; INT4_1, with one a row, gets the widest groups.
+_METHODS = (
+    SFTMethod("AMXBF16_SFT", "bf16"),
+    SFTMethod("AMXINT8_SFT", "int8"),
+    SFTMethod("INT8_SFT", "int8"),
+    SFTMethod("AMXINT4_SFT", "int4"),
+    SFTMethod("AMXFP8_SFT", "fp8"),
+    SFTMethod("AMXINT4_1_SFT", "int4", group_size=128),
+    SFTMethod("AMXINT4_KGroup_SFT", "int4", group_size=128),
+    SFTMethod("AMXINT4_1KGroup_SFT", "int4", group_size=128),
+)
 
 SFT_METHODS: Mapping[str, SFTMethod] = MappingProxyType(
     {
-        name + suffix: SFTMethod(name + suffix, weight_format, bool(suffix))
-        for name, weight_format in _FORMAT_OF_METHOD.items()
+        method.name + suffix: dataclasses.replace(method, name=method.name + suffix, skip_lora=bool(suffix))
+        for method in _METHODS
         for suffix in ("", "_SkipLoRA")
     }
 )
 """Training methods by name. All run on every instruction set."""
 
 BACKENDS: Mapping[str, str] = MappingProxyType(
-    {form: name.removesuffix("_SFT") for name, form in _FORMAT_OF_METHOD.items() if name.startswith("AMX")}
+    {
+        method.format: method.name.removesuffix("_SFT")
+        for method in _METHODS
+        if method.name.startswith("AMX") and method.group_size is None
+    }
 )
 """`kt_backend` of each weight format."""
 
@@ -157,7 +169,8 @@ class KTConfig:
     kt_threadpool_count : int, default 1
         Subpools, if `kt_tp_enabled`.
     kt_weight_path : str, optional
-        Folder of packed weights (``ktk-*.safetensors``), read in place of packing the checkpoint again.
+        Folder of packed weights (``ktk-*.safetensors``), read in place of packing the checkpoint again, or
+        of weights that kt-kernel has quantised in the format of `kt_backend`.
     kt_non_expert_weight_path : str, optional
         Checkpoint of everything but the experts; default: the model's.
     kt_expert_weight_format : {"bf16", "int8", "int4", "fp8"}, optional

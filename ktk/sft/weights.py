@@ -18,6 +18,7 @@ from ktk.sft.arch import MOEArchConfig
 from ktk.sft.errors import KTAMXModelNotSupportedError
 from ktk.sft.lora_sources import interleave_rows, split_rows
 from ktk.weights import Checkpoint, find_packed
+from ktk.weights.kt_kernel import stored_group_size
 
 __all__ = [
     "FusedWeights",
@@ -180,33 +181,40 @@ def load_experts_from_checkpoint_files(
 
 @dataclass(frozen=True)
 class INT8ExpertWeights:
-    """Experts of a layer that are quantised already, in a packed file.
+    """Experts of a layer that are quantised already, in a packed file or as kt-kernel quantised them.
 
     Parameters
     ----------
     path : pathlib.Path
+        The packed file, or the folder of kt-kernel's weights.
     layer_idx : int
     format : str
+    group_size : int, optional
+        Of kt-kernel's weights: what a layer should have to hold them as they are. None for a packed file.
     """
 
     path: Path
     layer_idx: int
     format: str = "int8"
+    group_size: int | None = None
 
     def load_into(self, experts: Experts) -> None:
-        """Load them; `experts` must have the layer's shapes and format."""
-        experts.load_packed(self.path)
+        """Load them; `experts` must have the layer's shapes and, for a packed file, its format."""
+        if self.group_size is None:
+            experts.load_packed(self.path)
+        else:
+            experts.load_checkpoint(self.path)
 
 
 def load_experts_from_kt_weight_path(
     kt_weight_path: str | os.PathLike[str], layer_idx: int, weight_format: str = "int8"
 ) -> INT8ExpertWeights:
-    """Find the packed experts of one layer, as ``ktk run --packed`` writes them.
+    """Find the quantised experts of one layer, as ``ktk run --packed`` or kt-kernel's converter writes them.
 
     Parameters
     ----------
     kt_weight_path : path
-        A packed file, or a folder of them.
+        A packed file, a folder of them, or a folder of kt-kernel's weights (`ktk.weights.KTKernelWeights`).
     layer_idx : int
     weight_format : str, default "int8"
 
@@ -215,16 +223,18 @@ def load_experts_from_kt_weight_path(
     FileNotFoundError
         If there is nothing at `kt_weight_path`.
     KtkArgumentError
-        If the layer is not there in this format.
+        If the layer is not there in this format, or is incomplete.
     """
     path = Path(kt_weight_path)
     if not path.exists():
         raise FileNotFoundError(f"kt_weight_path {path} does not exist")
     packed = find_packed(path, weight_format, layer_idx)
-    if packed is None:
+    if packed is not None:
+        return INT8ExpertWeights(Path(packed), layer_idx, weight_format)
+    stored = stored_group_size(path, layer_idx, weight_format)
+    if stored is None:
         raise KtkArgumentError(
             f"{path} has no packed {weight_format} experts of layer {layer_idx}; leave kt_weight_path out "
-            f"to pack "
-            "the checkpoint"
+            "to pack the checkpoint"
         )
-    return INT8ExpertWeights(Path(packed), layer_idx, weight_format)
+    return INT8ExpertWeights(path, layer_idx, weight_format, stored)

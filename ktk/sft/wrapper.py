@@ -26,6 +26,7 @@ from ktk.sft.errors import KTAMXConfigError, KTAMXModelNotSupportedError
 from ktk.sft.layer import KTMoELayerWrapper
 from ktk.sft.transport import Transport, is_distributed, world
 from ktk.sft.weights import extract_moe_weights
+from ktk.weights.kt_kernel import stored_group_size
 from ktk.weights.packed import discard_packed, find_packed
 
 __all__ = [
@@ -192,12 +193,17 @@ def _pack(block: MoEBlock, arch: MOEArchConfig, config: KTConfig, ranks: int) ->
 
         activation = activation_of(block.experts)
         limit, alpha = activation.limit, activation.alpha
+    method = config.method
+    stored = None
+    if method.group_size is None:
+        stored = stored_group_size(config.kt_weight_path, block.layer_idx, method.format)
     layer = LayerConfig(
         num_experts=arch.expert_num,
         num_experts_per_tok=arch.num_experts_per_tok,
         hidden_size=arch.hidden_size,
         intermediate_size=arch.intermediate_size,
-        format=config.method.format,
+        format=method.format,
+        group_size=method.group_size if stored is None else stored,
         swiglu_limit=limit,
         swiglu_alpha=alpha,
         max_tokens=config.kt_model_max_length * ranks,
@@ -211,6 +217,8 @@ def _pack(block: MoEBlock, arch: MOEArchConfig, config: KTConfig, ranks: int) ->
         experts.load_packed(file)
         if config.kt_weight_lifecycle == "ephemeral":
             discard_packed(file.parent, layer.format, layer.layer_idx)
+    elif stored is not None and config.kt_weight_path is not None:
+        experts.load_checkpoint(config.kt_weight_path)
     elif config.kt_expert_checkpoint_path is not None:
         experts.load_checkpoint(config.kt_expert_checkpoint_path)
     else:
@@ -343,6 +351,7 @@ def load_kt_model(
     rank, ranks = world()
     options = integration.Options(
         format=method.format,
+        group_size=method.group_size,
         threads=_cpu_infer(settings),
         max_tokens=settings.kt_model_max_length * ranks,
     )

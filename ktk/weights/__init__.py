@@ -1,8 +1,9 @@
-"""Weights on disk: readers of model checkpoints, and the packed file of ktk."""
+"""Weights on disk: readers of model checkpoints and of kt-kernel's weights, and the packed file of ktk."""
 
 from __future__ import annotations
 
 from ktk.weights.checkpoint import Checkpoint, CheckpointLayer, ExpertWeights
+from ktk.weights.kt_kernel import KTKernelLayer, KTKernelWeights
 from ktk.weights.packed import (
     LAYOUT_VERSION,
     PackedFile,
@@ -18,6 +19,8 @@ __all__ = [
     "Checkpoint",
     "CheckpointLayer",
     "ExpertWeights",
+    "KTKernelLayer",
+    "KTKernelWeights",
     "PackedFile",
     "PackedLayer",
     "PackedWriter",

@@ -358,7 +358,7 @@ def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
 # a large model takes a noticeable part of a second to read. The stamp makes a changed directory a different
 # entry.
 @functools.lru_cache(maxsize=2)
-def _read_index(path: str, stamp: tuple[tuple[str, int, int], ...]) -> _Index:
+def _read_shards(path: str, stamp: tuple[tuple[str, int, int], ...]) -> dict[str, Path]:
     root = Path(path)
     index = root / _INDEX
     shards: dict[str, Path] = {}
@@ -387,6 +387,24 @@ def _read_index(path: str, stamp: tuple[tuple[str, int, int], ...]) -> _Index:
                     shards.update(dict.fromkeys(handle.keys(), file))
             except (SafetensorError, OSError) as error:
                 raise KtkArgumentError(f"{file} cannot be read as safetensors: {error}") from error
+    return shards
+
+
+def shards_of(path: Path) -> dict[str, Path]:
+    """Which file holds which tensor of a folder of safetensors, or of one file.
+
+    Raises
+    ------
+    KtkArgumentError
+        If there are none, a file cannot be read, or the index names one that is missing.
+    """
+    return _read_shards(str(path.resolve()), _stamp(path))
+
+
+@functools.lru_cache(maxsize=2)
+def _read_index(path: str, stamp: tuple[tuple[str, int, int], ...]) -> _Index:
+    root = Path(path)
+    shards = _read_shards(path, stamp)
     return _Index(shards, _expert_layers(root, shards))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ktk import KTMoEWrapper
 from ktk.sft.config import SFT_METHODS, KTActivationPolicy, KTConfig, sft_method
 from ktk.sft.errors import KTAMXConfigError
 
@@ -170,6 +171,32 @@ def test_methods(base: str) -> None:
     assert SFT_METHODS[base].format == SFT_METHODS[f"{base}_SkipLoRA"].format
     assert sft_method(base.removesuffix("_SFT")) is SFT_METHODS[base]
     assert sft_method(f"{base.removesuffix('_SFT')}_SkipLoRA") is SFT_METHODS[f"{base}_SkipLoRA"]
+
+
+#: Of kt-kernel's `KTMoEWrapper` with mode "sft".
+KT_KERNEL_INT4 = ["AMXINT4_1_SFT", "AMXINT4_KGroup_SFT", "AMXINT4_1KGroup_SFT"]
+
+
+@pytest.mark.parametrize("suffix", ["", "_SkipLoRA"])
+@pytest.mark.parametrize("name", KT_KERNEL_INT4)
+def test_int4_methods_of_kt_kernel(name: str, suffix: str) -> None:
+    sizes: dict[str, Any] = {
+        "layer_idx": 0,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "hidden_size": 128,
+        "moe_intermediate_size": 128,
+        "cpuinfer_threads": 1,
+        "mode": "sft",
+        "method": name + suffix,
+    }
+    for given, columns in (({}, 128), ({"group_size": 32, "zero_point": True}, 32)):
+        wrapper: Any = KTMoEWrapper(**sizes, **given)
+        assert (wrapper.experts.config.format, wrapper.experts.config.groups) == ("int4", columns)
+        assert wrapper.trains_lora == (not suffix)
+        wrapper.close()
+    method = KTConfig(backend=name.removesuffix("_SFT")).method
+    assert (method.format, method.group_size) == ("int4", 128)
 
 
 def test_expert_weight_format_overrides_the_backend() -> None:

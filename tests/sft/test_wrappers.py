@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import ktk
+from kt_kernel_files import StoredLayer
 from ktk.errors import KtkArgumentError, KtkStateError, KtkUnsupportedError
 from ktk.sft import (
     AMXSFTMoEWrapper,
@@ -429,6 +430,34 @@ def test_ephemeral_files_of_a_model_in_memory(tmp_path: Path) -> None:
     model = wrap(source, backend="AMXINT8", weight_path=str(tmp_path), weight_lifecycle="ephemeral")
     assert not list(tmp_path.iterdir())
     assert torch.equal(model(**batch()).logits, expected(**batch()).logits)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_models_take_kt_kernel_weights(tmp_path: Path, parts: int) -> None:
+    """In memory and from a checkpoint: the experts of the files, and not those of the model."""
+    inner = 64 * parts
+    source = eager("qwen3_moe", hidden_size=64, moe_intermediate_size=inner)
+    source.save_pretrained(tmp_path / "model")
+    wanted = []
+    for index in range(2):
+        other = Weights.random(index, experts=6, hidden=64, inner=inner)
+        StoredLayer.of(*other.matrices(), "int8", parts).write_files(tmp_path / "kt", index)
+        with ktk.Experts.from_checkpoint(
+            tmp_path / "kt", layer_idx=index, num_experts_per_tok=3, threads=1
+        ) as experts:
+            assert experts.config.groups == (0 if parts == 1 else 64)
+            experts.save(tmp_path / "wanted")
+        wanted.append((tmp_path / "wanted").read_bytes())
+    settings = {"backend": "AMXINT8", "weight_path": str(tmp_path / "kt"), "num_threads": 2}
+    model = wrap(source, **settings)
+    loaded = load_kt_model(model_name_or_path=tmp_path / "model", kt_plugin=settings)
+    for made in (model, loaded):
+        for index, wrapper in enumerate(made._kt_wrappers):
+            wrapper.experts.save(tmp_path / "saved")
+            assert (tmp_path / "saved").read_bytes() == wanted[index]
+    assert not list((tmp_path / "kt").glob("*.safetensors"))
+    data = batch(device=loaded.device)
+    assert torch.equal(loaded(**data).logits.cpu(), model(**batch()).logits)
 
 
 def test_load_kt_model_refuses() -> None:
