@@ -8,10 +8,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ktk.sft.base import LORA_NAMES
 from ktk.sft.errors import KTAMXConfigError
 from ktk.sft.layer import KTExpertList, KTExperts, KTMoELayerWrapper
 from ktk.sft.lora_sources import FusedLoRA, LoRASource, ParameterLoRA, PerExpertLoRA
+from ktk.sft.native import LORA_NAMES
 from ktk.sft.weights import list_projections
 
 __all__ = ["KTLoraLayer", "lora_of_peft"]

@@ -17,12 +17,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ktk.sft.base import LORA_NAMES, lora_shapes
 from ktk.sft.errors import KTAMXConfigError
 from ktk.sft.files import read_tensors, write_tensors
 from ktk.sft.layer import KTMoELayerWrapper
 from ktk.sft.lora_sources import split_rows
 from ktk.sft.modules import moe_layers
+from ktk.sft.native import LORA_NAMES, lora_shapes
 
 __all__ = [
     "FUSED_FILE",

@@ -18,7 +18,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ktk.errors import KtkStateError
-from ktk.sft.base import LORA_NAMES, Gradients, SavedForward, named_lora
+from ktk.sft.native import LORA_NAMES
+from ktk.sft.saved import Gradients, SavedForward, named_lora
 
 __all__ = ["BaseWeights", "KTMoEFunction", "Runner", "run_experts"]
 

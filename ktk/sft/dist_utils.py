@@ -18,9 +18,10 @@ from typing import Any, Literal
 import torch
 
 from ktk.errors import KtkArgumentError
-from ktk.sft.base import BaseSFTMoEWrapper, Gradients
+from ktk.sft.base import BaseSFTMoEWrapper
 from ktk.sft.errors import KTAMXDistributedError
 from ktk.sft.native import check_gradient
+from ktk.sft.saved import Gradients
 from ktk.sft.transport import Transport
 
 __all__ = ["RankZeroRunner", "RankZeroSaved"]

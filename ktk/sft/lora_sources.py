@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ktk.sft.base import LORA_NAMES, lora_shapes
 from ktk.sft.errors import KTAMXConfigError
+from ktk.sft.native import LORA_NAMES, lora_shapes
 
 __all__ = ["FusedLoRA", "LoRASource", "ParameterLoRA", "PerExpertLoRA", "interleave_rows", "split_rows"]
 
