@@ -14,12 +14,13 @@ import pytest
 from conftest import ROOT
 
 SCRIPT = ROOT / "tests" / "bench" / "sft.py"
+PEFT_SCRIPT = SCRIPT.with_name("sft_peft.py")
 
 
-def run(folder: Path, *arguments: str) -> str:
+def run(folder: Path, *arguments: str, script: Path = SCRIPT) -> str:
     """Run it away from the source tree, as against an installed ktk."""
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--quick", "--threads", "1", *arguments],
+        [sys.executable, str(script), "--quick", "--threads", "1", *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path != str(ROOT))},
         capture_output=True,
@@ -49,6 +50,22 @@ def test_table(tmp_path: Path) -> None:
     head, line, *rows = run(tmp_path, "--recompute").splitlines()
     assert head.startswith("layer") and set(line) == {"-"} and len(rows) == 6
     assert rows[0].startswith("256x192x8x2 bf16") and "%" in rows[0]
+
+
+def test_peft_report(tmp_path: Path) -> None:
+    """All sides compute the same block."""
+    report: dict[str, Any] = json.loads(run(tmp_path, "--json", "--output", "peft.json", script=PEFT_SCRIPT))
+    assert report == json.loads((tmp_path / "peft.json").read_text())
+    assert report["schema"] == "ktk-bench-sft-peft-1"
+    (cell,) = report["cells"]
+    assert list(cell["sides"]) == ["ktk", "fused bf16", "linear bf16", "fused fp32", "linear fp32"]
+    for name, side in cell["sides"].items():
+        assert len(side["forward_s"]) == len(side["backward_s"]) == report["rounds"] == 1
+        assert side["ratio"]["median"] > 0
+        # A few roundings of 2^-9 in bf16, of 2^-24 in fp32.
+        limit = 1e-5 if name.endswith("fp32") else 0.02
+        assert side["output_error"] < limit and side["gradient_error"] < limit, name
+    assert cell["sides"]["ktk"]["ratio"]["max"] == 1
 
 
 @pytest.mark.parametrize("wrong", [("--ranks", "8,x"), ("--ranks", "512"), ("--policy", "x")])
