@@ -575,7 +575,7 @@ def open_weights(
             return Checkpoint(root)
         except KtkArgumentError:
             return weights
-    if root.exists() and any(_TENSOR.match(name) for name in shards_of(root)):
+    if root.exists() and any(name.startswith("blk.") and _TENSOR.match(name) for name in shards_of(root)):
         return KTKernelWeights(root)
     return Checkpoint(root)
 
