@@ -512,7 +512,14 @@ DAMAGES: list[tuple[str, Damage, str]] = [
         lambda folder: only(folder, "_numa_1/INT8_down_0_*scale_.kt").write_bytes(
             np.full(256, np.nan, np.float32).tobytes()
         ),
-        r"INT8_down_0_1024Byte_scale_.kt holds NaN or infinity; convert",
+        r"INT8_down_0_1024Byte_scale_.kt holds a scale that is negative or not finite; convert",
+    ),
+    (
+        "negative",
+        lambda folder: only(folder, "_numa_1/INT8_up_0_*scale_.kt").write_bytes(
+            np.full(128, -1, np.float32).tobytes()
+        ),
+        r"INT8_up_0_512Byte_scale_.kt holds a scale that is negative or not finite; convert",
     ),
     (
         "code",

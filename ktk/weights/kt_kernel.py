@@ -399,15 +399,14 @@ class KTKernelLayer:
         rows, columns = (self.hidden_size, inner) if down else (inner, self.hidden_size)
         for part in range(self.parts):
             piece = self._piece(part, projection, expert, "weight")
-            panels.append(
-                panels_of_tiles(
-                    kt_kernel_tiles(piece.read(), rows, columns, self.format), self.format, piece.label
-                )
-            )
+            tiles = kt_kernel_tiles(piece.read(), rows, columns, self.format)
+            panels.append(panels_of_tiles(tiles, self.format, piece.label))
             scale = self._piece(part, projection, expert, "scale")
             values = scale.read().view(np.float32)
-            if not np.isfinite(values).all():
-                raise KtkArgumentError(f"{scale.label} holds NaN or infinity; convert the layer again")
+            if not (np.isfinite(values) & (values >= 0)).all():
+                raise KtkArgumentError(
+                    f"{scale.label} holds a scale that is negative or not finite; convert the layer again"
+                )
             scales.append(values * np.float32(16) if self.format == "int4" else values)
         if down:
             return _Matrix(np.concatenate(panels, axis=1), np.stack(scales))
@@ -499,10 +498,10 @@ def _per_column(scales: F32Array, columns: int) -> F32Array:
 
 def _rescaled(matrix: _Matrix, scales: F32Array, format: str) -> _Matrix:
     """The same with other scales of its parts; codes become those of the nearest values."""
+    if (matrix.scales == scales).all():
+        return matrix
     # A part without a scale has no codes either.
     ratio = (matrix.scales / np.where(scales == 0, 1, scales)).astype(np.float32)
-    if (ratio == 1).all():
-        return matrix
     codes = codes_of(matrix.panels, format)
     rounded = np.rint(codes * _per_column(ratio, codes.shape[1]))
     most = 127 if format == "int8" else 7
