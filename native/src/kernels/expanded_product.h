@@ -53,7 +53,8 @@ static void expanded_product(const Product &p, int first, int last, float *out) 
     const int steps = least(p.last_step() - step0, kExpandedSteps);
     float *to = weights;
     for (int s = 0; s < steps; s++) {
-      if (!p.in_cache) fetch_ahead<Bf16, NT>(p, p.tiles + (step0 - p.first_step + s) * p.step_stride_bytes);
+      if (!p.in_cache)
+        fetch_ahead<Bf16, NT, MR>(p, p.tiles + (step0 - p.first_step + s) * p.step_stride_bytes);
       for (int pair = 0; pair < 16; pair++) {
         for (int j = 0; j < NT; j++) {
           const typename Ops::WB split =

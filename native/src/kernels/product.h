@@ -123,11 +123,11 @@ KTK_INLINE void add_segment(const Product &p, int segment, int row, const typena
 }
 
 // To the first rows that meet them, weights come from memory, and what a core fetches by itself does not keep
-// enough lines under way. Nibbles pass slowly enough.
+// enough lines under way. Nibbles that a single row meets pass slowly enough.
 constexpr int64_t kReadAheadBytes = 4096;
-template <class Format, int NT>
+template <class Format, int NT, int MR>
 KTK_INLINE void fetch_ahead(const Product &p, const uint8_t *tiles) {
-  if constexpr (Format::kMultiply == Multiply::nibble) return;
+  if constexpr (Format::kMultiply == Multiply::nibble && MR == 1) return;
   for (int j = 0; j < NT; j++) {
     for (int line = 0; line < Format::kTileBytes; line += 64)
       __builtin_prefetch(tiles + j * p.tile_stride_bytes + kReadAheadBytes + line, 0, 3);
@@ -161,7 +161,7 @@ static void integer_rows(const Product &p, const RowAddress address, int row, fl
         factors.sums = row_sums + step;
         factors.row_stride = gemm.sums;
       }
-      if (row == 0) fetch_ahead<Format, NT>(p, tiles);
+      if (row == 0) fetch_ahead<Format, NT, MR>(p, tiles);
       Format::template step<Ops, NT, MR, Halves>(sum, rows, tiles, p.tile_stride_bytes, factors);
       rows += address.step_stride_bytes;
       tiles += p.step_stride_bytes;
@@ -194,7 +194,7 @@ static void float_rows(const Product &p, const RowAddress address, bool first, f
   const uint8_t *rows = address.data + p.first_step * address.step_stride_bytes;
   const uint8_t *tiles = p.tiles;
   for (int step = p.first_step; step < p.last_step(); step++) {
-    if (first) fetch_ahead<Format, NT>(p, tiles);
+    if (first) fetch_ahead<Format, NT, MR>(p, tiles);
     Format::template step<Ops, NT, MR>(sum, rows, tiles, p.tile_stride_bytes);
     rows += address.step_stride_bytes;
     tiles += p.step_stride_bytes;

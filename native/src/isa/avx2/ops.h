@@ -44,8 +44,9 @@ struct Avx2Ops {
   static constexpr bool kPairSums = true;
 
   // Rows side by side of bf16 products whose weights are split into fp32 first, and how many rows that takes
-  // to pay: 3 rows x 2 tiles x 2 registers of sums leave one for weights and three for activations.
-  static constexpr int kExpandedRows = 3;
+  // to pay: 2 rows by 2 tiles take 8 registers of sums, 4 of weights and 2 of activations. 3 rows would fill
+  // the 16, and compilers then keep a third of the sums in memory.
+  static constexpr int kExpandedRows = 2;
   static constexpr int kExpandedLeast = 12;
   static constexpr int kExpandedBytes =
       3 << 17;  // of rows in one pass, where the second-level cache has 512 KiB
@@ -225,8 +226,11 @@ struct Avx2Ops {
   };
   KTK_INLINE Q zero_quads() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
   KTK_INLINE Q add_quad(Q part, I nibbles, I quad) {
-    return {_mm256_add_epi16(part.low, _mm256_maddubs_epi16(nibbles.low, quad.low)),
+    part = {_mm256_add_epi16(part.low, _mm256_maddubs_epi16(nibbles.low, quad.low)),
             _mm256_add_epi16(part.high, _mm256_maddubs_epi16(nibbles.high, quad.high))};
+    // One row after the other: all products first and all sums then would take more registers than there are.
+    __asm__ volatile("" : "+x"(part.low), "+x"(part.high));
+    return part;
   }
   KTK_INLINE I add_quads(I sum, Q part, I words) {
     return add_i(sum, {_mm256_madd_epi16(part.low, words.low), _mm256_madd_epi16(part.high, words.high)});
