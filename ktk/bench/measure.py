@@ -328,7 +328,7 @@ class Layers:
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of one packed expert: weights, scales and zero points."""
+        """Bytes of one packed expert: weights, scales and factors."""
         return expert_bytes(self.moes[0])
 
     def close(self) -> None:
@@ -344,7 +344,7 @@ class Layers:
 
 
 def expert_bytes(moe: _native.Moe) -> int:
-    """Bytes of one packed expert of a layer: weights, scales and zero points."""
+    """Bytes of one packed expert of a layer: weights, scales and factors."""
     return sum(moe.part_bytes(part) for part in _WEIGHT_PARTS)
 
 

@@ -21,8 +21,7 @@ struct AmxOps : AmxVectorOps {
                                      kNeedsOsTiles | kNeedsTilePalette | kNeedsTilePermission;
 #endif
   // Weights stream through tiles faster than through vectors as soon as a few rows share them; int4, which
-  // must be expanded and whose sums leave the tiles for every group, needs more. fp8 goes with bf16, whose
-  // bits it has. docs/benchmarks/log.md.
+  // must be expanded, needs more. fp8 goes with bf16, whose bits it has. docs/benchmarks/log.md.
   template <class Format>
   static constexpr int32_t kTileRows = !Format::kInteger  ? 2
                                        : Format::kExpands ? 8
