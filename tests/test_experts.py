@@ -328,14 +328,17 @@ def test_errors_of_gaussian_layers(format: str, group_size: int | None, most: fl
     generator = torch.Generator().manual_seed(11)
     gate, up = (torch.randn(1, inner, hidden, generator=generator).bfloat16() / hidden**0.5 for _ in range(2))
     down = torch.randn(1, hidden, inner, generator=generator).bfloat16() / inner**0.5
-    x = torch.randn(8, hidden, generator=generator).bfloat16()
+    # With a few tokens the error itself varies by two per cent.
+    tokens = 64
+    x = torch.randn(tokens, hidden, generator=generator).bfloat16()
     exact = (torch.nn.functional.silu(x.float() @ gate[0].float().T) * (x.float() @ up[0].float().T)) @ down[
         0
     ].float().T
     with Experts.from_weights(
         gate, up, down, num_experts_per_tok=1, format=format, group_size=group_size, threads=2
     ) as experts:
-        result = experts(x.float(), torch.zeros(8, 1, dtype=torch.int64), torch.ones(8, 1))
+        ids, weights = torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1)
+        result = experts(x.float(), ids, weights)
     assert 0 < (result - exact).norm() / exact.norm() <= most
 
 

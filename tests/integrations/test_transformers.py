@@ -24,7 +24,7 @@ FORMS = {
     "bf16": (Options(format="bf16", threads=2), Format(0)),
     "int8": (Options(format="int8", threads=2), Format(1, 128)),
     "int8-row": (Options(format="int8", group_size=0, threads=2), Format(1)),
-    "int4": (Options(format="int4", threads=2), Format(2, 32, True)),
+    "int4": (Options(format="int4", threads=2), Format(2, 32)),
     "int4-symmetric-64": (
         Options(format="int4", group_size=64, threads=2),
         Format(2, 64),
