@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -618,7 +619,11 @@ def test_nothing_keeps_a_deleted_layer_alive() -> None:
     wrapper.submit_forward(*batch(3, 4))
     references = [weakref.ref(wrapper), weakref.ref(wrapper.experts), weakref.ref(wrapper.cpu_infer)]
     del wrapper
-    gc.collect()
+    # The forward may still run, and its thread lets go of the layer when it has ended.
+    deadline = time.monotonic() + 10
+    while any(reference() is not None for reference in references) and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.001)
     assert [reference() for reference in references] == [None] * 3
 
 
