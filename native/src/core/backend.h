@@ -27,12 +27,11 @@ constexpr int kScaleBlock = 128;  // columns of e4m3 weights that share a scale
 // One projection as the kernels see it: K is cut into steps, and steps into segments, within which
 // integer products share one weight scale and one activation scale.
 struct Gemm {
-  int32_t depth;          // K: input columns
-  int32_t steps;          // ceil(depth / columns of a step)
-  int32_t segments;       // 1 for bf16
-  int32_t segment_steps;  // steps in a segment
-  int32_t halves;         // 2: each step holds two segments of 32 columns, else 1
-  int32_t segments_per_row_group;
+  int32_t depth;            // K: input columns
+  int32_t steps;            // ceil(depth / columns of a step)
+  int32_t segments;         // 1 for bf16
+  int32_t segment_steps;    // steps in a segment
+  int32_t halves;           // 2: each step holds two segments of 32 columns, else 1
   int32_t row_group_shift;  // segment >> row_group_shift: its activation group
   int32_t weight_groups;    // scales along K, for one output row; 0 for bf16
   int32_t row_groups;       // activation scales along K, 0 for bf16

@@ -11,7 +11,6 @@ Gemm make_gemm(const FormatKernels &kernels, int32_t depth, int32_t group_size, 
   gemm.segments = 1;
   gemm.segment_steps = gemm.steps;
   gemm.halves = 1;
-  gemm.segments_per_row_group = 1;
   gemm.row_group_shift = 31;
   if (!kernels.integer) {
     // Scales are part of the weights that the products see, and cut no sums.
@@ -39,14 +38,13 @@ Gemm make_gemm(const FormatKernels &kernels, int32_t depth, int32_t group_size, 
   gemm.segments = static_cast<int32_t>(divide_up(depth, segment_columns));
   gemm.halves = segment_columns * 2 == kernels.step_columns ? 2 : 1;
   gemm.segment_steps = std::max(1, segment_columns / kernels.step_columns);
-  gemm.segments_per_row_group = row_group_columns > 0 ? row_group_columns / segment_columns : gemm.segments;
   if (row_group_columns > 0) {
     gemm.row_group_shift = 0;
     while (segment_columns << gemm.row_group_shift < row_group_columns) gemm.row_group_shift++;
   }
   if (kernels.pair_sums == 0) {
     gemm.sums = gemm.segments;
-    gemm.sums_per_row_group = gemm.segments_per_row_group;
+    gemm.sums_per_row_group = row_group_columns > 0 ? row_group_columns / segment_columns : gemm.segments;
   } else if (row_group_columns > 0) {
     gemm.sums_per_row_group = row_group_columns / kernels.step_columns;
   }

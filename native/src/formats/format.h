@@ -97,3 +97,13 @@ KTK_INLINE typename Ops::I tile_line(const typename Ops::I *codes) {
   }
   return line;
 }
+
+// Columns 0 and 1 of quads of bytes, or 2 and 3, less what stands for 0.
+template <class Ops>
+KTK_INLINE void pair_of_quads(typename Ops::I quads, bool second, int32_t zero_point, typename Ops::F *even,
+                              typename Ops::F *odd) {
+  const typename Ops::I both = second ? Ops::shift_right_i(quads, 16) : quads;
+  const typename Ops::I byte = Ops::set1_i(255), zero = Ops::set1_i(zero_point);
+  *even = Ops::from_i(Ops::sub_i(Ops::and_i(both, byte), zero));
+  *odd = Ops::from_i(Ops::sub_i(Ops::and_i(Ops::shift_right_i(both, 8), byte), zero));
+}

@@ -130,10 +130,7 @@ struct Int4 {
     const typename Ops::I codes =
         pair < 16 ? nibbles<Ops, false>(tile, quad) : nibbles<Ops, true>(tile, quad);
     const typename Ops::I quads = Bytes<Ops>(factors).of(codes);
-    const typename Ops::I both = pair % 2 == 0 ? quads : Ops::shift_right_i(quads, 16);
-    const typename Ops::I byte = Ops::set1_i(255), zero = Ops::set1_i(kZeroPoint);
-    *even = Ops::from_i(Ops::sub_i(Ops::and_i(both, byte), zero));
-    *odd = Ops::from_i(Ops::sub_i(Ops::and_i(Ops::shift_right_i(both, 8), byte), zero));
+    pair_of_quads<Ops>(quads, pair % 2 != 0, kZeroPoint, even, odd);
   }
 
   // A group of the 16 rows of a panel, in units of the rows' scales.

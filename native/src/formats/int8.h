@@ -42,10 +42,7 @@ struct Int8 {
   KTK_INLINE void columns(const uint8_t *tile, int pair, const uint8_t *, typename Ops::F *even,
                           typename Ops::F *odd) {
     const typename Ops::I quads = Ops::load_i(tile + pair / 2 * 64);
-    const typename Ops::I both = pair % 2 == 0 ? quads : Ops::shift_right_i(quads, 16);
-    const typename Ops::I byte = Ops::set1_i(255), zero = Ops::set1_i(kZeroPoint);
-    *even = Ops::from_i(Ops::sub_i(Ops::and_i(both, byte), zero));
-    *odd = Ops::from_i(Ops::sub_i(Ops::and_i(Ops::shift_right_i(both, 8), byte), zero));
+    pair_of_quads<Ops>(quads, pair % 2 != 0, kZeroPoint, even, odd);
   }
 
   template <class Ops>
