@@ -333,7 +333,13 @@ void Moe::gate_up(Batch &batch) const {
                              batch.training != nullptr ? &training : nullptr};
     kernels_.gate_up(&args);
   };
-  run_section(context_->pool, {Stage::gate_up, config_.layer_index}, units.data(), unit);
+  // With many rows an expert the workers share them while they are in a cache; with few, all read weights.
+  const SpanLabel label{Stage::gate_up, config_.layer_index};
+  if (static_cast<int64_t>(batch.route.tokens.size()) >= experts * kBlockRows) {
+    run_in_order(context_->pool, label, units.data(), unit);
+  } else {
+    run_section(context_->pool, label, units.data(), unit);
+  }
 }
 
 void Moe::down(Batch &batch) const {

@@ -3,6 +3,7 @@
 
 #include <xmmintrin.h>
 
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -39,6 +40,21 @@ void run_section(WorkerPool &pool, const SpanLabel &label, const int64_t *unit_c
         (*static_cast<Unit *>(context))(subpool, worker, index);
       },
       const_cast<void *>(static_cast<const void *>(&unit)), label);
+}
+
+// The same, but units are started in the order of their indices, so that neighbours run at the same time and
+// meet in the shared caches what they have in common.
+template <typename Unit>
+void run_in_order(WorkerPool &pool, const SpanLabel &label, const int64_t *unit_counts, Unit &unit) {
+  struct alignas(64) Counter {
+    std::atomic<int64_t> started{0};
+  };
+  std::vector<Counter> counters(static_cast<size_t>(pool.subpools()));
+  const auto next = [&](int subpool, int worker, int64_t) {
+    unit(subpool, worker,
+         counters[static_cast<size_t>(subpool)].started.fetch_add(1, std::memory_order_relaxed));
+  };
+  run_section(pool, label, unit_counts, next);
 }
 
 // Runs unit(subpool, worker, index) for index in 0 .. units - 1, dealt over the subpools by their threads.

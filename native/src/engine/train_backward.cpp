@@ -168,7 +168,7 @@ void Training::grad_down(Run &run) const {
       kernels.activation_backward(&activation);
     }
   };
-  run_section(moe_.context_->pool, {Stage::grad_down, config.layer_index}, units.data(), unit);
+  run_in_order(moe_.context_->pool, {Stage::grad_down, config.layer_index}, units.data(), unit);
 }
 
 // The product with down's bias, and sums over the units of each row, in the order of the shards and of their

@@ -16,7 +16,7 @@ constexpr int kGroupRows = 2 * kBlockRows;  // rows that one call of the vector 
 // many rows as keep their sums in the second-level cache. Measured on Emerald Rapids: docs/benchmarks/log.md.
 constexpr int kTileBlocks = 4;
 constexpr int kTileBlockSteps = 8;
-constexpr int kTilePassRows = 256;
+constexpr int kTilePassRows = 512;
 constexpr int kMostTiles = 2 * kIntermediateGroup / kPanelColumns;  // side by side in one call
 
 KTK_INLINE int least(int a, int b) { return a < b ? a : b; }

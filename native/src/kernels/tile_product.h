@@ -5,10 +5,10 @@
 // far waits in `out`. Tiles are loaded once for every 1.25 products where a panel is whole, and each comes
 // from the second-level cache or nearer.
 //
-// Registers 0-3 hold sums, 4 the rows, 5 the weights. Of the others only 6 is ever used, for a block of fewer
-// than 16 rows: where two hyper-threads share a core, registers that hold nothing are what the processor
-// renames the others into, and a loop that loads tiles runs 1.6 times as fast with 6 registers as with 8
-// (docs/benchmarks/log.md).
+// Registers 0-3 hold sums, 4 the rows, 5 the weights; 6 and 7 are used only for a block of fewer than 16 rows
+// and for a second tile of weights. Where two hyper-threads share a core, registers that hold nothing are what
+// the processor renames the others into, and a loop that loads tiles runs 1.6 times as fast with 6 registers
+// as with 8 (docs/benchmarks/log.md).
 #pragma once
 
 #include "kernels/product.h"
@@ -46,14 +46,25 @@ struct SegmentRows {
   alignas(64) int32_t start[kTileBlocks * kBlockRows];
 };
 
+// Exact sums that have left the tiles and wait to be scaled: one or two segments of up to two blocks of rows
+// by up to two tiles of columns.
+struct WaitingSums {
+  int segments = 0;  // 0: none wait
+  int segment, lot;  // the first of them, and where their sums are
+  int tile, tiles;
+  int first_row, rows;  // in the panel
+  float *out;           // of the first tile, and of the first row's block
+};
+
 struct TileState {
   [[maybe_unused]] TileFile file;
-  // What the registers are configured for.
-  int blocks = 0, last_rows = 0, depth_bytes = 0;
+  uint64_t shape = 0;  // what the registers are configured for
   // Operands of one block of K, where weights are not stored as such: [tile][step].
   alignas(64) uint8_t expanded[kMostTiles * kTileBlockSteps][1024];
-  alignas(64) int32_t sums[2][kTileBlocks * kSumTileFloats];
+  alignas(64) int32_t sums[2][2][4][kSumTileFloats];  // [lot][segment][block and tile]
   SegmentRows segment_rows[2 * kTileBlockSteps];
+  int first_segment;  // of segment_rows
+  WaitingSums waiting = {};
 };
 
 // A panel of rows: `blocks` blocks of 16, the last of `last_rows`.
@@ -74,23 +85,29 @@ struct TilesAhead {
   bool weights;  // of the next block of K
 };
 
-// Registers for the rows of a panel (`sums` tiles of them) and operands of `depth_bytes` along K.
-KTK_INLINE void shape_tiles(TileState &state, int blocks, int last_rows, int depth_bytes) {
-  if (state.blocks == blocks && state.last_rows == last_rows && state.depth_bytes == depth_bytes) return;
+// Registers 0-3 for sums of so many rows (0: not used), 4 for whole blocks of rows and 6 for the last, 5 and
+// 7 for weights; operands of `depth_bytes` along K.
+struct TileShape {
+  int sum_rows[4];
+  int last_rows, depth_bytes;
+};
+KTK_INLINE void shape_tiles(TileState &state, const TileShape &to) {
+  uint64_t key = (uint64_t)to.last_rows << 32 | (uint64_t)to.depth_bytes << 40;
+  for (int i = 0; i < 4; i++) key |= (uint64_t)to.sum_rows[i] << 8 * i;
+  if (state.shape == key) return;
+  state.shape = key;
   [[maybe_unused]] TileFile &file = state.file;
   TileConfig config;
   const auto shape = [&](int number, int rows, int row_bytes) {
     config.rows[number] = (uint8_t)rows;
-    config.row_bytes[number] = (uint16_t)row_bytes;
+    config.row_bytes[number] = (uint16_t)(rows == 0 ? 0 : row_bytes);
   };
-  for (int i = 0; i < blocks; i++) shape(i, i == blocks - 1 ? last_rows : kBlockRows, kPanelColumns * 4);
-  shape(4, kBlockRows, depth_bytes);
-  shape(5, depth_bytes / 4, kPanelColumns * 4);
-  shape(6, last_rows, depth_bytes);
+  for (int i = 0; i < 4; i++) shape(i, to.sum_rows[i], kPanelColumns * 4);
+  shape(4, kBlockRows, to.depth_bytes);
+  shape(5, to.depth_bytes / 4, kPanelColumns * 4);
+  shape(6, to.last_rows, to.depth_bytes);
+  shape(7, to.depth_bytes / 4, kPanelColumns * 4);
   KTK_TILE_CONFIGURE(file, config);
-  state.blocks = blocks;
-  state.last_rows = last_rows;
-  state.depth_bytes = depth_bytes;
 }
 
 // Weights of one tile in a block of K.
@@ -122,133 +139,268 @@ KTK_INLINE void load_segment_rows(const Product &p, int segment, int first_row, 
   }
 }
 
-// Adds the exact sums of a segment, [rows][16], to the rows' outputs for one tile of columns; `out_stride`
-// floats from one block of rows to the next.
-template <class Ops, bool Grouped>
-KTK_INLINE void add_tile_segment(const Product &p, int tile, int segment, const SegmentRows &of, int rows,
-                                 const int32_t *sums, float *out, int64_t out_stride) {
-  const typename Ops::F scale = Grouped ? weight_scale<Ops>(p, segment, tile) : Ops::zero_f();
-  for (int block = 0; block < rows; block += kBlockRows, out += out_stride) {
-    const int stop = least(rows - block, kBlockRows);
-    for (int r = 0; r < stop; r++) {
-      const typename Ops::I sum =
-          Ops::add_i(Ops::load_i(sums + (block + r) * kPanelColumns), Ops::set1_i(of.start[block + r]));
-      add_scaled<Ops, Grouped>(scale, sum, of.scale[block + r], out + r * kPanelColumns);
+// Scales sums that wait, of the first of their blocks of rows or of the second: both segments at once, so
+// that the outputs are read and written once.
+template <class Ops, bool Grouped, int NT, int Segments>
+static void add_waiting(const Product &p, const TileState &state, int block, int64_t out_stride) {
+  typedef typename Ops::F F;
+  const WaitingSums &waiting = state.waiting;
+  F scale[Segments][NT];
+  for (int s = 0; s < Segments; s++) {
+    for (int j = 0; j < NT; j++)
+      scale[s][j] = Grouped ? weight_scale<Ops>(p, waiting.segment + s, waiting.tile + j) : Ops::zero_f();
+  }
+  const SegmentRows *of = state.segment_rows + (waiting.segment - state.first_segment);
+  const int row = waiting.first_row + block * kBlockRows;
+  const int rows = least(waiting.rows - block * kBlockRows, kBlockRows);
+  float *out = waiting.out + block * out_stride;
+  for (int r = 0; r < rows; r++, out += kPanelColumns) {
+    F target[NT];
+    for (int j = 0; j < NT; j++) target[j] = Ops::load_f(out + j * kSumTileFloats);
+    for (int s = 0; s < Segments; s++) {
+      const typename Ops::I start = Ops::set1_i(of[s].start[row + r]);
+      const F row_scale = Ops::set1_f(of[s].scale[row + r]);
+      for (int j = 0; j < NT; j++) {
+        const int32_t *sums = state.sums[waiting.lot][s][block * 2 + j] + r * kPanelColumns;
+        const F sum = Ops::from_i(Ops::add_i(Ops::load_i(sums), start));
+        target[j] = Ops::fma(sum, Grouped ? Ops::mul(scale[s][j], row_scale) : row_scale, target[j]);
+      }
     }
+    for (int j = 0; j < NT; j++) Ops::store_f(out + j * kSumTileFloats, target[j]);
   }
 }
 
-// One block of K, MT blocks of rows, every tile of columns. Partial: the last block has fewer than 16 rows.
+template <class Ops, bool Grouped>
+KTK_INLINE void add_waiting_of(const Product &p, const TileState &state, int block, int64_t out_stride) {
+  const bool both = state.waiting.segments == 2;
+  if (state.waiting.tiles == 2) {
+    if (both) return add_waiting<Ops, Grouped, 2, 2>(p, state, block, out_stride);
+    return add_waiting<Ops, Grouped, 2, 1>(p, state, block, out_stride);
+  }
+  if (both) return add_waiting<Ops, Grouped, 1, 2>(p, state, block, out_stride);
+  add_waiting<Ops, Grouped, 1, 1>(p, state, block, out_stride);
+}
+
+template <class Ops>
+KTK_INLINE void add_waiting(const Product &p, const TileState &state, int block, int64_t out_stride) {
+  if (state.waiting.segments == 0 || block * kBlockRows >= state.waiting.rows) return;
+  if (p.gemm->scale_is_bf16) {
+    add_waiting_of<Ops, true>(p, state, block, out_stride);
+  } else {
+    add_waiting_of<Ops, false>(p, state, block, out_stride);
+  }
+}
+
+// The rows of a block within a panel.
+struct TileRows {
+  const uint8_t *data;
+  int64_t stride_bytes;  // from one step to the next
+};
+KTK_INLINE TileRows tile_rows(const Product &p, const TilePanel &panel, int block, int first_step) {
+  const RowAddress address =
+      row_address(p.rows.data, *p.gemm, p.row_count, panel.first_row + block * kBlockRows);
+  return {address.data + first_step * address.step_stride_bytes, address.step_stride_bytes};
+}
+
+// The lines of the next panel's rows that belong to share `index` of `shares` in each step.
+KTK_INLINE void fetch_rows(const TilesAhead &ahead, int step, int index, int shares) {
+  if (ahead.rows == nullptr) return;
+  const int lines = (ahead.row_blocks * 16 + shares - 1) / shares;
+  for (int line = index * lines; line < (index + 1) * lines; line++)
+    __builtin_prefetch(ahead.rows + line / 16 * ahead.row_block_bytes + step * 1024 + line % 16 * 64, 0, 2);
+}
+
+// One block of K, MT blocks of rows, every tile of columns, in sums that stay in the tiles for the whole of
+// K. Partial: the last block has fewer than 16 rows.
 template <class Ops, class Format, int MT, bool Partial>
 static void tile_panel(const Product &p, TileState &state, int tile_count, const TileSteps &k,
                        const TilePanel &panel, const TilesAhead &ahead, float *out) {
-  const Gemm &gemm = *p.gemm;
   [[maybe_unused]] TileFile &file = state.file;
   const int step0 = k.first, steps = k.count;
-  const bool whole = gemm.segments == 1;
-  const int halves = Format::kInteger ? gemm.halves : 1;
   const int64_t out_stride = (int64_t)tile_count * kSumTileFloats;
-  shape_tiles(state, MT, Partial ? panel.last_rows : kBlockRows, kStepBytes / halves);
-  const uint8_t *rows[MT];
-  int64_t row_stride[MT];
+  TileShape shape = {{}, panel.last_rows, kStepBytes};
+  TileRows rows[MT];
   for (int i = 0; i < MT; i++) {
-    const RowAddress address = row_address(p.rows.data, gemm, p.row_count, panel.first_row + i * kBlockRows);
-    rows[i] = address.data + step0 * address.step_stride_bytes;
-    row_stride[i] = address.step_stride_bytes;
+    shape.sum_rows[i] = i == MT - 1 ? panel.last_rows : kBlockRows;
+    rows[i] = tile_rows(p, panel, i, step0);
   }
-  const int count = (MT - 1) * kBlockRows + panel.last_rows;
-  const int first_segment = step0 / gemm.segment_steps * halves;
-  if (!whole) {
-    const int last_segment =
-        least(gemm.segments, (step0 + steps + gemm.segment_steps - 1) / gemm.segment_steps * halves);
-    for (int i = first_segment; i < last_segment; i++)
-      load_segment_rows<Format>(p, i, panel.first_row, count, state.segment_rows[i - first_segment]);
-  }
-  // Each step of a tile fetches its share of the lines of the next panel's rows.
-  const int lines = ahead.rows == nullptr ? 0 : (ahead.row_blocks * 16 + tile_count - 1) / tile_count;
-#define KTK_FETCH()                                                                                        \
-  do {                                                                                                     \
-    const int soon = step + 2;                                                                             \
-    prefetch_near(soon < steps ? column.data + soon * column.step_stride_bytes                             \
-                               : next.data + (soon - steps) * next.step_stride_bytes);                     \
-    if (ahead.weights) prefetch_far(column.data + (steps + step) * column.step_stride_bytes);              \
-    for (int line = tile * lines; line < tile * lines + lines; line++)                                     \
-      __builtin_prefetch(ahead.rows + line / 16 * ahead.row_block_bytes + step * 1024 + line % 16 * 64, 0, \
-                         2);                                                                               \
-  } while (0)
+  shape_tiles(state, shape);
 #define KTK_ZERO(i) KTK_TILE_ZERO(file, i)
 #define KTK_LOAD_SUM(i) KTK_TILE_LOAD(file, i, target + (i) * out_stride, 64)
 #define KTK_STORE_SUM(i) KTK_TILE_STORE(file, i, target + (i) * out_stride, 64)
-#define KTK_STORE_EXACT(i) KTK_TILE_STORE(file, i, exact + (i) * kSumTileFloats, 64)
-#define KTK_MULTIPLY(i)                                                            \
-  do {                                                                             \
-    if constexpr (Partial && (i) == MT - 1) {                                      \
-      KTK_TILE_LOAD(file, 6, rows[i] + step * row_stride[i] + offset, kStepBytes); \
-      KTK_TILE_DOT(file, i, 6, 5);                                                 \
-    } else {                                                                       \
-      KTK_TILE_LOAD(file, 4, rows[i] + step * row_stride[i] + offset, kStepBytes); \
-      KTK_TILE_DOT(file, i, 4, 5);                                                 \
-    }                                                                              \
+#define KTK_MULTIPLY(i)                                                               \
+  do {                                                                                \
+    if constexpr (Partial && (i) == MT - 1) {                                         \
+      KTK_TILE_LOAD(file, 6, rows[i].data + step * rows[i].stride_bytes, kStepBytes); \
+      KTK_TILE_DOT(file, i, 6, 5);                                                    \
+    } else {                                                                          \
+      KTK_TILE_LOAD(file, 4, rows[i].data + step * rows[i].stride_bytes, kStepBytes); \
+      KTK_TILE_DOT(file, i, 4, 5);                                                    \
+    }                                                                                 \
   } while (0)
   for (int tile = 0; tile < tile_count; tile++) {
     const TileColumn column = tile_column<Format>(p, state, tile, step0);
     const TileColumn next = tile_column<Format>(p, state, tile + 1 < tile_count ? tile + 1 : tile, step0);
     float *target = out + (int64_t)tile * kSumTileFloats;
-    if (whole) {
-      constexpr int64_t offset = 0;
-      if (step0 == 0 && !p.accumulate) {
-        KTK_TILE_EACH(MT, KTK_ZERO);
-      } else {
-        KTK_TILE_EACH(MT, KTK_LOAD_SUM);
-      }
-      for (int step = 0; step < steps; step++) {
-        KTK_FETCH();
-        KTK_TILE_LOAD(file, 5, column.data + step * column.step_stride_bytes, 64);
-        KTK_TILE_EACH(MT, KTK_MULTIPLY);
-      }
-      KTK_TILE_EACH(MT, KTK_STORE_SUM);
-      continue;
+    if (step0 == 0 && !p.accumulate) {
+      KTK_TILE_EACH(MT, KTK_ZERO);
+    } else {
+      KTK_TILE_EACH(MT, KTK_LOAD_SUM);
     }
-    if constexpr (Format::kInteger) {
-      const auto add = [&](int segment) {
-        const int32_t *sums = state.sums[segment % 2];
-        const SegmentRows &of = state.segment_rows[segment - first_segment];
-        if (gemm.scale_is_bf16) {
-          add_tile_segment<Ops, true>(p, tile, segment, of, count, sums, target, out_stride);
-        } else {
-          add_tile_segment<Ops, false>(p, tile, segment, of, count, sums, target, out_stride);
-        }
-      };
-      if (step0 == 0) {
-        for (int i = 0; i < MT; i++) __builtin_memset(target + i * out_stride, 0, kSumTileFloats * 4);
-      }
-      // While the unit works on one segment, the sums of the one before are scaled.
-      int segment = first_segment;
-      for (int first = 0; first < steps && segment < gemm.segments; segment++) {
-        const int half = (segment - first_segment) % halves;
-        const int64_t offset = (int64_t)half * (kStepBytes / halves);
-        const int stop = least(first + gemm.segment_steps, steps);
-        int32_t *exact = state.sums[segment % 2];
-        KTK_TILE_EACH(MT, KTK_ZERO);
-        for (int step = first; step < stop; step++) {
-          KTK_FETCH();
-          KTK_TILE_LOAD(file, 5, column.data + step * column.step_stride_bytes + offset * kPanelColumns, 64);
-          KTK_TILE_EACH(MT, KTK_MULTIPLY);
-        }
-        if (segment > first_segment) add(segment - 1);
-        KTK_TILE_EACH(MT, KTK_STORE_EXACT);
-        // A step of two halves is done after its second.
-        if (half == halves - 1) first = stop;
-      }
-      add(segment - 1);
+    for (int step = 0; step < steps; step++) {
+      const int soon = step + 2;
+      prefetch_near(soon < steps ? column.data + soon * column.step_stride_bytes
+                                 : next.data + (soon - steps) * next.step_stride_bytes);
+      if (ahead.weights) prefetch_far(column.data + (steps + step) * column.step_stride_bytes);
+      fetch_rows(ahead, step, tile, tile_count);
+      KTK_TILE_LOAD(file, 5, column.data + step * column.step_stride_bytes, 64);
+      KTK_TILE_EACH(MT, KTK_MULTIPLY);
     }
+    KTK_TILE_EACH(MT, KTK_STORE_SUM);
   }
 #undef KTK_MULTIPLY
-#undef KTK_STORE_EXACT
 #undef KTK_STORE_SUM
 #undef KTK_LOAD_SUM
 #undef KTK_ZERO
-#undef KTK_FETCH
+}
+
+// Up to two blocks of rows by up to two tiles of columns in one block of K, in sums that leave the tiles
+// after each segment. While the unit works on segments, sums that left before are scaled.
+template <class Ops, class Format, int MT, int NT, bool Partial>
+static void tile_segments(const Product &p, TileState &state, const TileSteps &k, const WaitingSums &place,
+                          const TilePanel &panel, const TilesAhead &ahead, int share, int shares,
+                          int64_t out_stride) {
+  const Gemm &gemm = *p.gemm;
+  [[maybe_unused]] TileFile &file = state.file;
+  const int depth_bytes = kStepBytes / gemm.halves;
+  TileShape shape = {{}, panel.last_rows, depth_bytes};
+  TileRows rows[MT];
+  for (int i = 0; i < MT; i++) {
+    for (int j = 0; j < NT; j++)
+      shape.sum_rows[i * 2 + j] = Partial && i == MT - 1 ? panel.last_rows : kBlockRows;
+    rows[i] = tile_rows(p, panel, place.first_row / kBlockRows + i, k.first);
+  }
+  shape_tiles(state, shape);
+  TileColumn columns[NT];
+  for (int j = 0; j < NT; j++) columns[j] = tile_column<Format>(p, state, place.tile + j, k.first);
+#define KTK_LOAD_ROWS(number, i) \
+  KTK_TILE_LOAD(file, number, rows[i].data + step * rows[i].stride_bytes + offset, kStepBytes)
+#define KTK_LOAD_WEIGHTS(number, j) \
+  KTK_TILE_LOAD(file, number,       \
+                columns[j].data + step * columns[j].step_stride_bytes + offset * kPanelColumns, 64)
+#define KTK_MULTIPLY(first, second, operand)                       \
+  do {                                                             \
+    KTK_TILE_DOT(file, first, operand, 5);                         \
+    if constexpr (NT == 2) KTK_TILE_DOT(file, second, operand, 7); \
+  } while (0)
+#define KTK_MULTIPLY_ROWS(i, first, second)   \
+  do {                                        \
+    if constexpr (Partial && (i) == MT - 1) { \
+      KTK_LOAD_ROWS(6, i);                    \
+      KTK_MULTIPLY(first, second, 6);         \
+    } else {                                  \
+      KTK_LOAD_ROWS(4, i);                    \
+      KTK_MULTIPLY(first, second, 4);         \
+    }                                         \
+  } while (0)
+  int segment = state.first_segment;
+  for (int first = 0; first < k.count && segment < gemm.segments;) {
+    const int lot = 1 - state.waiting.lot;
+    int count = 0;
+    for (; count < 2 && first < k.count && segment + count < gemm.segments; count++) {
+      const int half = (segment + count - state.first_segment) % gemm.halves;
+      const int64_t offset = (int64_t)half * depth_bytes;
+      const int stop = least(first + gemm.segment_steps, k.count);
+      KTK_TILE_ZERO(file, 0);
+      if constexpr (NT == 2) KTK_TILE_ZERO(file, 1);
+      if constexpr (MT == 2) KTK_TILE_ZERO(file, 2);
+      if constexpr (MT == 2 && NT == 2) KTK_TILE_ZERO(file, 3);
+      for (int step = first; step < stop; step++) {
+        for (int j = 0; j < NT && ahead.weights; j++)
+          prefetch_far(columns[j].data + (k.count + step) * columns[j].step_stride_bytes);
+        fetch_rows(ahead, step, share, shares);
+        KTK_LOAD_WEIGHTS(5, 0);
+        if constexpr (NT == 2) KTK_LOAD_WEIGHTS(7, NT - 1);
+        KTK_MULTIPLY_ROWS(0, 0, 1);
+        if constexpr (MT == 2) KTK_MULTIPLY_ROWS(MT - 1, 2, 3);
+      }
+      add_waiting<Ops>(p, state, count, out_stride);
+      auto &to = state.sums[lot][count];
+      KTK_TILE_STORE(file, 0, to[0], 64);
+      if constexpr (NT == 2) KTK_TILE_STORE(file, 1, to[1], 64);
+      if constexpr (MT == 2) KTK_TILE_STORE(file, 2, to[2], 64);
+      if constexpr (MT == 2 && NT == 2) KTK_TILE_STORE(file, 3, to[3], 64);
+      // A step of two halves is done after its second.
+      if (half == gemm.halves - 1) first = stop;
+    }
+    if (count == 1) add_waiting<Ops>(p, state, 1, out_stride);
+    state.waiting = place;
+    state.waiting.segments = count;
+    state.waiting.segment = segment;
+    state.waiting.lot = lot;
+    segment += count;
+  }
+#undef KTK_MULTIPLY_ROWS
+#undef KTK_MULTIPLY
+#undef KTK_LOAD_WEIGHTS
+#undef KTK_LOAD_ROWS
+}
+
+template <class Ops>
+KTK_INLINE void add_all_waiting(const Product &p, TileState &state, int64_t out_stride) {
+  add_waiting<Ops>(p, state, 0, out_stride);
+  add_waiting<Ops>(p, state, 1, out_stride);
+  state.waiting.segments = 0;
+}
+
+// One block of K, all blocks of rows of a panel, every tile of columns, where K has several segments.
+template <class Ops, class Format>
+static void segments_panel(const Product &p, TileState &state, int tile_count, const TileSteps &k,
+                           const TilePanel &panel, const TilesAhead &ahead, float *out) {
+  const Gemm &gemm = *p.gemm;
+  const int64_t out_stride = (int64_t)tile_count * kSumTileFloats;
+  const int count = (panel.blocks - 1) * kBlockRows + panel.last_rows;
+  add_all_waiting<Ops>(p, state, out_stride);
+  state.first_segment = k.first / gemm.segment_steps * gemm.halves;
+  const int last_segment =
+      least(gemm.segments, (k.first + k.count + gemm.segment_steps - 1) / gemm.segment_steps * gemm.halves);
+  for (int i = state.first_segment; i < last_segment; i++)
+    load_segment_rows<Format>(p, i, panel.first_row, count, state.segment_rows[i - state.first_segment]);
+  const int pairs = (panel.blocks + 1) / 2, shares = (tile_count + 1) / 2 * pairs;
+  int share = 0;
+  for (int tile = 0; tile < tile_count; tile += 2) {
+    for (int block = 0; block < panel.blocks; block += 2, share++) {
+      const int tiles = least(tile_count - tile, 2), blocks = least(panel.blocks - block, 2);
+      const int rows = least(count - block * kBlockRows, 2 * kBlockRows);
+      const bool partial = rows < blocks * kBlockRows;
+      WaitingSums place = {};
+      place.tile = tile;
+      place.tiles = tiles;
+      place.first_row = block * kBlockRows;
+      place.rows = rows;
+      place.out = out + block * out_stride + (int64_t)tile * kSumTileFloats;
+      if (k.first == 0) {
+        for (int i = 0; i < blocks; i++)
+          __builtin_memset(place.out + i * out_stride, 0, (uint64_t)tiles * kSumTileFloats * 4);
+      }
+      TilesAhead here = ahead;
+      here.weights = ahead.weights && block == 0;
+      const auto run = [&](auto kernel) {
+        kernel(p, state, k, place, panel, here, share, shares, out_stride);
+      };
+      if (tiles == 2) {
+        if (blocks == 2) {
+          run(partial ? tile_segments<Ops, Format, 2, 2, true> : tile_segments<Ops, Format, 2, 2, false>);
+        } else {
+          run(partial ? tile_segments<Ops, Format, 1, 2, true> : tile_segments<Ops, Format, 1, 2, false>);
+        }
+      } else if (blocks == 2) {
+        run(partial ? tile_segments<Ops, Format, 2, 1, true> : tile_segments<Ops, Format, 2, 1, false>);
+      } else {
+        run(partial ? tile_segments<Ops, Format, 1, 1, true> : tile_segments<Ops, Format, 1, 1, false>);
+      }
+    }
+  }
 }
 
 template <class Ops, class Format, int MT>
@@ -279,7 +431,7 @@ static void tile_block(const Product &p, TileState &state, int tile_count, int t
   do {                                                                   \
     prefetch_near(weights[j] + step * p.step_stride_bytes + kReadAhead); \
     KTK_TILE_LOAD(file, 5, weights[j] + step * p.step_stride_bytes, 64); \
-    KTK_TILE_DOT(file, j, 4, 5);                                         \
+    KTK_TILE_DOT(file, j, 6, 5);                                         \
   } while (0)
   constexpr int64_t kReadAhead = 4096;
   if (p.accumulate) {
@@ -288,7 +440,7 @@ static void tile_block(const Product &p, TileState &state, int tile_count, int t
     KTK_TILE_EACH(NT, KTK_ZERO);
   }
   for (int64_t step = 0; step < gemm.steps; step++) {
-    KTK_TILE_LOAD(file, 4, rows.data + step * rows.step_stride_bytes, kStepBytes);
+    KTK_TILE_LOAD(file, 6, rows.data + step * rows.step_stride_bytes, kStepBytes);
     KTK_TILE_EACH(NT, KTK_MULTIPLY);
   }
   KTK_TILE_EACH(NT, KTK_STORE_SUM);
@@ -296,22 +448,6 @@ static void tile_block(const Product &p, TileState &state, int tile_count, int t
 #undef KTK_STORE_SUM
 #undef KTK_LOAD_SUM
 #undef KTK_ZERO
-}
-
-// Sums of `blocks` tiles, all of the same few rows, side by side.
-KTK_INLINE void shape_block(TileState &state, int rows) {
-  [[maybe_unused]] TileFile &file = state.file;
-  TileConfig config;
-  for (int i = 0; i < 4; i++) {
-    config.rows[i] = (uint8_t)rows;
-    config.row_bytes[i] = kPanelColumns * 4;
-  }
-  config.rows[4] = (uint8_t)rows;
-  config.row_bytes[4] = kStepBytes;
-  config.rows[5] = kStepBytes / 4;
-  config.row_bytes[5] = kPanelColumns * 4;
-  KTK_TILE_CONFIGURE(file, config);
-  state.blocks = 0;
 }
 
 // Finishes what tile_product left in `out` for the rows from `row` on, `rows` of them and at most 16: exact
@@ -355,7 +491,8 @@ static void tile_product(const Product &p, int tile_count, int first, int last, 
   };
   if (row_blocks == 1 && gemm.segments == 1 && !Format::kExpands) {
     const TilePanel panel = panel_at(0);
-    shape_block(state, panel.last_rows);
+    const int rows = panel.last_rows;
+    shape_tiles(state, {{rows, rows, rows, rows}, rows, kStepBytes});
     int tile = 0;
     for (; tile + 4 <= tile_count; tile += 4)
       tile_block<Ops, Format, 4>(p, state, tile_count, tile, panel, out);
@@ -391,6 +528,10 @@ static void tile_product(const Product &p, int tile_count, int first, int last, 
           ahead.row_blocks = following.blocks;
         }
         float *target = tile_sums(out, block, tile_count, 0);
+        if (Format::kInteger && gemm.segments > 1) {
+          segments_panel<Ops, Format>(p, state, tile_count, k, panel, ahead, target);
+          continue;
+        }
         switch (panel.blocks) {
           case 1:
             tile_panel<Ops, Format, 1>(p, state, tile_count, k, panel, ahead, target);
@@ -406,6 +547,7 @@ static void tile_product(const Product &p, int tile_count, int first, int last, 
         }
       }
     }
+    if (Format::kInteger) add_all_waiting<Ops>(p, state, (int64_t)tile_count * kSumTileFloats);
   }
   KTK_TILE_RELEASE(state.file);
 }
