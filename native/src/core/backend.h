@@ -19,7 +19,7 @@ constexpr int kPanelColumns = 16;      // output neurons of one panel: a tile's 
 constexpr int kBlockRows = 16;         // rows of one block of activations: a tile's rows
 constexpr int kStepBytes = 64;         // bytes of K that one step advances each row
 constexpr int kActivationGroup = 128;  // columns of a row of activations that share a scale, where they do
-constexpr int kIntermediateGroup = kActivationGroup;  // columns of the intermediate made by one unit of work
+constexpr int kIntermediateGroup = kActivationGroup;  // columns of the intermediate that share one
 constexpr int kPassRows = 512;    // most rows of one pass over weight panels (see kernels/expert.h)
 constexpr int kFormats = 4;       // values of ktk_format
 constexpr int kScaleBlock = 128;  // columns of e4m3 weights that share a scale
@@ -82,7 +82,8 @@ struct GateUpArgs {
   Rows input;
   Rows output;
   int32_t rows;
-  // Of the shard, in one group of kIntermediateGroup: all of it, or a part that begins on a step.
+  // Of the shard: up to kMostGroups whole groups of kIntermediateGroup, or a part of one that begins on a
+  // step.
   int32_t first_column, last_column;
   // Of a group computed in parts, integer formats: [rows][kIntermediateGroup], and parts not done yet.
   float *group_values;
@@ -93,8 +94,12 @@ struct GateUpArgs {
   const GateUpTraining *training;  // null: a forward of inference
 };
 
-// Scratch of a worker: a pass's sums for the gate and up columns of a group, then their activations.
+// Scratch of a worker: a pass's sums for the gate and up columns of a group, then their activations. A unit
+// of more columns takes fewer rows a pass.
 constexpr int kSumFloats = kPassRows * 2 * kIntermediateGroup;
+constexpr int kMostGroups = 2;  // of gate and up, in one unit of work
+constexpr int kMostPanels =
+    2 * kMostGroups * kIntermediateGroup / kPanelColumns;  // of gate and up, or of down
 constexpr int kScratchFloats = kSumFloats + kPassRows * kIntermediateGroup;
 
 struct DownArgs {
@@ -104,13 +109,18 @@ struct DownArgs {
   Rows input;
   const int32_t *tokens;        // [rows]
   const float *expert_weights;  // [rows]
-  int32_t rows;
+  int32_t rows;                 // of the expert
+  int32_t first_row, last_row;  // those to compute, from a block of rows on
   int32_t hidden_size;
   int32_t first_panel, last_panel;
   int32_t strict;
   float *scratch;           // kScratchFloats
-  float *sum;               // [tokens][(last_panel - first_panel) * 16]
+  float *sum;               // [tokens], each of (last_panel - first_panel) * 16 columns
+  int64_t sum_stride;       // from a token to the next
   const LoraProduct *lora;  // null: none; of all panels
+  // Called before the first sum is touched, where others add to the same sums; else null.
+  void (*await_turn)(const void *turn);
+  const void *turn;
 };
 
 struct FinishArgs {

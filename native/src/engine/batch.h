@@ -49,10 +49,12 @@ struct Moe::Batch {
     int32_t *parts_left;
     float *scratch;  // of each worker: gate_up's, then the tokens' sums
     int64_t scratch_floats;
-    float *partial;  // [tokens][hidden], several shards only
+    float *partial;  // [tokens][hidden, padded]: several shards, or shared sums; else null
   };
   std::vector<Shard> shards;
-  int64_t down_panels;                      // output panels of one unit
+  int64_t down_panels;  // output panels of one unit
+  // Workers take experts by turns and add to the same sums; else each has the sums of some columns to itself.
+  bool shared_sums;
   const TrainingBatch *training = nullptr;  // null: inference
 };
 

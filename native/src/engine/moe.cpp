@@ -7,6 +7,7 @@
 #include "core/status.h"
 #include "engine/batch.h"
 #include "engine/sections.h"
+#include "engine/turns.h"
 
 namespace ktk {
 namespace {
@@ -15,6 +16,8 @@ constexpr int32_t kMostColumns = 65536;  // an int32 holds that many products of
 constexpr int64_t kTokensOfUnit = 8;     // quantised by one unit of work
 constexpr int64_t kUnitsOfThread = 8;    // wanted of gate and up
 constexpr int32_t kLeastUnitColumns = 32;
+constexpr int64_t kRowsOfWideUnits =
+    256;  // of an expert, up to which they are loaded for 512 columns at once
 // Below this much copying, waking the workers costs more than it saves.
 constexpr int64_t kInlineUnits = 1;
 constexpr int64_t kInlineBlocks = 4;
@@ -111,13 +114,13 @@ void Moe::forward(const ktk_forward_args &args) {
                         config_.gpu_experts_mask);
   }
   require_loaded(scratch.route);
-  Batch batch{args, tokens, scratch.route, scratch, {}, {}, {}, 0};
+  Batch batch{args, tokens, scratch.route, scratch, {}, {}, {}, 0, false};
   prepare(batch);
   quantise(batch);
   gather(batch);
   gate_up(batch);
   down(batch);
-  if (store_.shard_count() > 1) merge(batch);
+  merge(batch);
 }
 
 void Moe::require_loaded(const Route &route) const {
@@ -131,43 +134,36 @@ void Moe::require_loaded(const Route &route) const {
 
 void Moe::prepare(Batch &batch) const {
   batch.shards.resize(static_cast<size_t>(store_.shard_count()));
-  batch.down_panels = down_panels(batch.route);
+  // Matrix units load each row again for every unit of work that it meets: wide units then, of experts by
+  // turns.
+  const int64_t panels = divide_up(config_.hidden_size, kPanelColumns);
+  batch.shared_sums = kernels_.tile_rows > 0 && many_rows(batch.route);
+  if (batch.shared_sums) {
+    batch.down_panels = std::min<int64_t>(panels, wide_units(batch.route) ? kMostPanels : kMostPanels / 2);
+  } else {
+    // Decode wants a unit for every worker, prefill wants rows of activations to meet several panels.
+    batch.down_panels = std::clamp<int64_t>(panels / (int64_t{context_->pool.thread_count()} * 4), 2, 4);
+  }
   place(batch, true);
   place(batch, false);
 }
 
-// Decode wants a unit for every worker, prefill wants rows of activations to meet several panels.
-int64_t Moe::down_panels(const Route &route) const {
-  const int64_t panels = divide_up(config_.hidden_size, kPanelColumns);
-  const int64_t threads = context_->pool.thread_count();
-  const auto rows = static_cast<int64_t>(route.tokens.size());
-  if (kernels_.tile_rows == 0 || rows < int64_t{kBlockRows} * static_cast<int64_t>(route.experts.size()))
-    return std::clamp<int64_t>(panels / (threads * 4), 2, 4);
-  // Matrix units load each row again for every unit of work: what 4 and 2 panels reach against 8, weighed
-  // against what workers of unequal speed lose at the end, about 0.4 units each. Measured on Emerald Rapids.
-  struct Choice {
-    int64_t panels;
-    double speed;
-  };
-  int64_t best = 2;
-  double most = 0;
-  for (const Choice choice : {Choice{8, 1.0}, Choice{4, 0.9}, Choice{2, 0.7}}) {
-    const auto units = static_cast<double>(divide_up(panels, choice.panels));
-    const double speed = choice.speed * units / (units + 0.4 * static_cast<double>(threads));
-    if (speed > most) {
-      most = speed;
-      best = choice.panels;
-    }
-  }
-  return best;
+// Enough rows to fill tiles.
+bool Moe::many_rows(const Route &route) {
+  return route.tokens.size() >= static_cast<size_t>(kBlockRows) * route.experts.size();
+}
+
+// Whether experts have so few rows that their sums leave room for more columns.
+bool Moe::wide_units(const Route &route) const {
+  return kernels_.tile_rows > 0 && many_rows(route) &&
+         route.tokens.size() <= static_cast<size_t>(kRowsOfWideUnits) * route.experts.size();
 }
 
 // Few rows leave little to do: smaller units then, so that workers of unequal speed end together.
 int32_t Moe::unit_columns(const Route &route, int shard) const {
   const auto experts = static_cast<int64_t>(route.experts.size());
-  const auto rows = static_cast<int64_t>(route.tokens.size());
   int32_t columns = kIntermediateGroup;
-  if (rows >= experts * kBlockRows) return columns;
+  if (many_rows(route)) return wide_units(route) ? kMostGroups * columns : columns;
   const int64_t enough = kUnitsOfThread * context_->pool.threads(shard);
   while (columns > kLeastUnitColumns &&
          divide_up(store_.shard(shard).columns(), columns) * experts < enough) {
@@ -204,9 +200,10 @@ void Moe::place(Batch &batch, bool measuring) const {
       placed.group_values = arena.place<float>(row_count * groups * kIntermediateGroup);
       placed.parts_left = arena.place<int32_t>(static_cast<int64_t>(batch.route.experts.size()) * groups);
     }
-    placed.scratch_floats = kScratchFloats + batch.tokens * batch.down_panels * kPanelColumns;
+    placed.scratch_floats =
+        kScratchFloats + (batch.shared_sums ? 0 : batch.tokens * batch.down_panels * kPanelColumns);
     placed.scratch = arena.place<float>(placed.scratch_floats * pool.threads(s));
-    if (store_.shard_count() > 1) {
+    if (batch.shared_sums || store_.shard_count() > 1) {
       placed.partial = arena.place<float>(batch.tokens * align_up(config_.hidden_size, kPanelColumns));
     }
     if (measuring) arena.reserve(pool.node(s));
@@ -224,6 +221,13 @@ void Moe::quantise(Batch &batch) const {
                                static_cast<int32_t>(std::min(first + kTokensOfUnit, batch.tokens)),
                                batch.by_token};
     kernels_.quantise(&args);
+    if (!batch.shared_sums) return;
+    const int64_t row_bytes = align_up(config_.hidden_size, kPanelColumns) * int64_t{sizeof(float)};
+    for (const Batch::Shard &placed : batch.shards) {
+      if (placed.partial == nullptr) continue;
+      std::memset(reinterpret_cast<uint8_t *>(placed.partial) + args.first * row_bytes, 0,
+                  static_cast<size_t>((args.last - args.first) * row_bytes));
+    }
   });
 }
 
@@ -335,14 +339,42 @@ void Moe::gate_up(Batch &batch) const {
   };
   // With many rows an expert the workers share them while they are in a cache; with few, all read weights.
   const SpanLabel label{Stage::gate_up, config_.layer_index};
-  if (static_cast<int64_t>(batch.route.tokens.size()) >= experts * kBlockRows) {
+  if (many_rows(batch.route)) {
     run_in_order(context_->pool, label, units.data(), unit);
   } else {
     run_section(context_->pool, label, units.data(), unit);
   }
 }
 
+// An expert's part in one run of columns: rows of a block on, all of them.
+DownArgs Moe::down_args(const Batch &batch, int s, const Route::Expert &expert, int64_t first_panel,
+                        int64_t last_panel, LoraProduct &lora) const {
+  const ExpertStore::Shard &shard = store_.shard(s);
+  const bool adapted = batch.training != nullptr && batch.training->lora && s == 0;
+  if (adapted) {
+    const TrainingBatch &extra = *batch.training;
+    lora = {&extra.down_rank, extra.down_input + int64_t{expert.first} * extra.down_rank.steps * kStepBytes,
+            extra.down_tiles + (&expert - batch.route.experts.data()) * extra.down_tile_bytes};
+  }
+  DownArgs args = {};
+  args.gemm = &shard.down;
+  args.weights = weights_of(store_, s, expert.id, KTK_PART_DOWN_WEIGHT);
+  args.bias = s == 0 ? store_.bias(s, expert.id, KTK_PART_DOWN_BIAS) : nullptr;
+  args.input = rows_from(batch.shards[static_cast<size_t>(s)].intermediate, shard.down, expert.first);
+  args.tokens = batch.route.tokens.data() + expert.first;
+  args.expert_weights = batch.route.weights.data() + expert.first;
+  args.rows = expert.rows;
+  args.last_row = expert.rows;
+  args.hidden_size = config_.hidden_size;
+  args.first_panel = static_cast<int32_t>(first_panel);
+  args.last_panel = static_cast<int32_t>(last_panel);
+  args.strict = config_.strict;
+  args.lora = adapted ? &lora : nullptr;
+  return args;
+}
+
 void Moe::down(Batch &batch) const {
+  if (batch.shared_sums) return down_by_turns(batch);
   const int64_t panels = divide_up(config_.hidden_size, kPanelColumns);
   const int64_t padded = panels * kPanelColumns;
   std::vector<int64_t> units;
@@ -350,7 +382,6 @@ void Moe::down(Batch &batch) const {
     units.push_back(store_.shard(s).empty() ? 0 : divide_up(panels, batch.down_panels));
   }
   const auto unit = [&](int s, int worker, int64_t index) {
-    const ExpertStore::Shard &shard = store_.shard(s);
     const Batch::Shard &placed = batch.shards[static_cast<size_t>(s)];
     const int64_t first = index * batch.down_panels, last = std::min(first + batch.down_panels, panels);
     const int64_t width = (last - first) * kPanelColumns;
@@ -359,27 +390,10 @@ void Moe::down(Batch &batch) const {
     std::memset(sum, 0, static_cast<size_t>(batch.tokens * width) * sizeof(float));
     for (const Route::Expert &expert : batch.route.experts) {
       LoraProduct lora{};
-      const bool adapted = batch.training != nullptr && batch.training->lora && s == 0;
-      if (adapted) {
-        const TrainingBatch &extra = *batch.training;
-        lora = {&extra.down_rank,
-                extra.down_input + int64_t{expert.first} * extra.down_rank.steps * kStepBytes,
-                extra.down_tiles + (&expert - batch.route.experts.data()) * extra.down_tile_bytes};
-      }
-      const DownArgs args = {&shard.down,
-                             weights_of(store_, s, expert.id, KTK_PART_DOWN_WEIGHT),
-                             s == 0 ? store_.bias(s, expert.id, KTK_PART_DOWN_BIAS) : nullptr,
-                             rows_from(placed.intermediate, shard.down, expert.first),
-                             batch.route.tokens.data() + expert.first,
-                             batch.route.weights.data() + expert.first,
-                             expert.rows,
-                             config_.hidden_size,
-                             static_cast<int32_t>(first),
-                             static_cast<int32_t>(last),
-                             config_.strict,
-                             scratch,
-                             sum,
-                             adapted ? &lora : nullptr};
+      DownArgs args = down_args(batch, s, expert, first, last, lora);
+      args.scratch = scratch;
+      args.sum = sum;
+      args.sum_stride = width;
       kernels_.down(&args);
     }
     if (placed.partial != nullptr) {
@@ -406,11 +420,60 @@ void Moe::down(Batch &batch) const {
   run_section(context_->pool, {Stage::down, config_.layer_index}, units.data(), unit);
 }
 
+// A unit is a run of columns for some rows of one expert. Its product needs nothing of other units; then it
+// waits for its turn among those of the same columns, so that a token's sums are made in the order of the
+// experts.
+void Moe::down_by_turns(Batch &batch) const {
+  struct Piece {
+    const Route::Expert *expert;
+    int32_t first_row, last_row;
+  };
+  const int64_t panels = divide_up(config_.hidden_size, kPanelColumns);
+  const int64_t runs = divide_up(panels, batch.down_panels);
+  const auto most_rows =
+      static_cast<int32_t>(std::min<int64_t>(kPassRows, kSumFloats / (batch.down_panels * kPanelColumns)));
+  std::vector<Piece> pieces;
+  for (const Route::Expert &expert : batch.route.experts) {
+    const int32_t passes = divide_up(expert.rows, most_rows);
+    const auto rows = static_cast<int32_t>(align_up(divide_up(expert.rows, passes), kBlockRows));
+    for (int32_t row = 0; row < expert.rows; row += rows)
+      pieces.push_back({&expert, row, std::min(row + rows, expert.rows)});
+  }
+  std::vector<int64_t> units;
+  std::vector<Turns> turns;
+  for (int s = 0; s < store_.shard_count(); s++) {
+    units.push_back(store_.shard(s).empty() ? 0 : static_cast<int64_t>(pieces.size()) * runs);
+    turns.emplace_back(runs);
+  }
+  const auto unit = [&](int s, int worker, int64_t index) {
+    const Batch::Shard &placed = batch.shards[static_cast<size_t>(s)];
+    const Piece &piece = pieces[static_cast<size_t>(index / runs)];
+    const int64_t first = index % runs * batch.down_panels;
+    const Turns::Turn turn = {&turns[static_cast<size_t>(s)], index % runs,
+                              static_cast<uint32_t>(index / runs)};
+    LoraProduct lora{};
+    DownArgs args =
+        down_args(batch, s, *piece.expert, first, std::min(first + batch.down_panels, panels), lora);
+    args.first_row = piece.first_row;
+    args.last_row = piece.last_row;
+    args.scratch = placed.scratch + worker * placed.scratch_floats;
+    args.sum = placed.partial + first * kPanelColumns;
+    args.sum_stride = panels * kPanelColumns;
+    args.await_turn = Turns::await;
+    args.turn = &turn;
+    kernels_.down(&args);
+    Turns::done(turn);
+  };
+  run_in_order(context_->pool, {Stage::down, config_.layer_index}, units.data(), unit);
+}
+
+// Sums of the shards, or those that the workers share, into the output.
 void Moe::merge(Batch &batch) const {
   std::vector<const float *> parts;
   for (const Batch::Shard &shard : batch.shards) {
     if (shard.partial != nullptr) parts.push_back(shard.partial);
   }
+  if (parts.empty()) return;
   run_spread(context_->pool, {Stage::merge, config_.layer_index}, divide_up(batch.tokens, kTokensOfUnit), 0,
              [&](int64_t unit) {
                const int64_t first = unit * kTokensOfUnit;

@@ -43,13 +43,17 @@ class Moe {
   struct Batch;
   void require_loaded(const Route &route) const;
   void prepare(Batch &batch) const;
-  int64_t down_panels(const Route &route) const;
+  static bool many_rows(const Route &route);
+  bool wide_units(const Route &route) const;
   int32_t unit_columns(const Route &route, int shard) const;
   void place(Batch &batch, bool measuring) const;
   void quantise(Batch &batch) const;
   void gather(Batch &batch) const;
   void gate_up(Batch &batch) const;
+  DownArgs down_args(const Batch &batch, int s, const Route::Expert &expert, int64_t first_panel,
+                     int64_t last_panel, LoraProduct &lora) const;
   void down(Batch &batch) const;
+  void down_by_turns(Batch &batch) const;
   void merge(Batch &batch) const;
 
   ktk_moe_config config_;

@@ -156,7 +156,7 @@ void Training::forward(TrainingState &state, const ktk_forward_args &args) const
   moe_.gate_up(run.batch);
   adapter_middle(run);
   moe_.down(run.batch);
-  if (moe_.store().shard_count() > 1) moe_.merge(run.batch);
+  moe_.merge(run.batch);
   done();
 }
 

@@ -29,12 +29,27 @@ const float *row_scales(const ExpertStore &store, const FormatKernels &kernels, 
 
 }  // namespace
 
+void Training::zero_sums(Run &run) const {
+  const int64_t row = align_up(moe_.config().hidden_size, kPanelColumns);
+  run_spread(moe_.context_->pool, {Stage::grad_input, moe_.config().layer_index},
+             divide_up(run.tokens, kTokensOfUnit), 0, [&](int64_t which) {
+               const int64_t first = which * kTokensOfUnit;
+               const int64_t count = std::min(kTokensOfUnit, run.tokens - first);
+               for (const Run::Shard &part : run.shards) {
+                 if (part.partial != nullptr)
+                   std::memset(part.partial + first * row, 0,
+                               static_cast<size_t>(count * row) * sizeof(float));
+               }
+             });
+}
+
 // dO, a row for each row of an expert, times the scales of down's output rows where a row has one.
 void Training::gather_grad(Run &run) const {
   const ktk_moe_config &config = moe_.config();
   const TrainKernels &kernels = moe_.backend().train;
   const int64_t hidden = config.hidden_size;
   std::fill_n(run.ones, run.rows, 1.0f);
+  if (run.shared_sums) zero_sums(run);
   const auto unit = [&](int s, int index, int64_t which) {
     const Run::Chunk chunk = run.chunks[static_cast<size_t>(which)];
     const Route::Expert &expert = run.expert(chunk.expert);
@@ -184,109 +199,130 @@ void Training::grad_expert_weights(Run &run) const {
   }
 }
 
-// Gradient of the input: for each run of columns all experts, summed by token in fp32.
-void Training::grad_gate_up(Run &run) const {
+// An expert's share of the gradient of the input in some columns, on to the sums of its tokens.
+void Training::add_grad_gate_up(Run &run, int s, int index, int32_t e, int32_t column, int32_t columns,
+                                float *sum, int64_t sum_stride, const Turns::Turn *turn) const {
   const double share = config_.lora_dropout;
   const ktk_moe_config &config = moe_.config();
   const TrainKernels &kernels = moe_.backend().train;
-  const FormatKernels &bf16 = moe_.backend().formats[KTK_FORMAT_BF16];
+  const ExpertStore::Shard &shard = moe_.store().shard(s);
+  const Run::Shard &part = run.shards[static_cast<size_t>(s)];
+  const Run::Worker worker = run.worker(s, index);
+  const auto panels = static_cast<int32_t>(divide_up(columns, kPanelColumns));
+  const int64_t width = int64_t{panels} * kPanelColumns;
+  const Route::Expert &expert = run.expert(e);
+  const Weights weights = weights_of(moe_.store(), s, expert.id, KTK_PART_GATE_UP_WEIGHT);
+  const ExpandArgs expand = {
+      &shard.gate_up, weights.tiles, weights.scale, weights.factors, static_cast<int32_t>(shard.panels), 2,
+      column,         columns,       worker.tiles};
+  moe_.kernels_.expand(&expand);
+  const Gemm &rank = run.extra.gate_up_rank;
+  LoraProduct lora{};
+  const bool adapted = run.adapted && s == 0;
+  if (adapted) {
+    AdapterPair a = gate_up_a(expert.id, column, columns);
+    a.second_depth = run.even_rank;
+    tiles_of_columns(a, {worker.lora_tiles, rank.steps * kTileBytes, kTileBytes, panels, rank.steps});
+    lora = {&rank, run.grad_gate_up_input[0] + int64_t{expert.first} * rank.steps * kStepBytes,
+            worker.lora_tiles};
+  }
+  DownArgs down = {};
+  down.gemm = &part.gate_up_gemm;
+  down.weights = {worker.tiles, nullptr, nullptr};
+  down.input = {part.gate_up + int64_t{expert.first} * part.gate_up_gemm.steps * kStepBytes, nullptr,
+                nullptr};
+  down.tokens = run.route.tokens.data() + expert.first;
+  down.expert_weights = run.ones + expert.first;
+  down.rows = expert.rows;
+  down.last_row = expert.rows;
+  down.hidden_size = config.hidden_size;
+  down.last_panel = panels;
+  down.strict = config.strict;
+  down.scratch = worker.product;
+  down.sum = sum;
+  down.sum_stride = sum_stride;
+  down.lora = adapted && !run.dropout ? &lora : nullptr;
+  down.await_turn = turn != nullptr ? Turns::await : nullptr;
+  down.turn = turn;
+  moe_.backend().formats[KTK_FORMAT_BF16].down(&down);
+  if (!adapted || !run.dropout) return;
+  for (const Projection projection : {kGate, kUp}) {
+    uint8_t *rows = run.grad_gate_up_input[projection] + int64_t{expert.first} * rank.steps * kStepBytes;
+    for (int32_t first = 0; first < expert.rows; first += kPassRows) {
+      const int32_t last = std::min(first + kPassRows, expert.rows);
+      const MultiplyArgs multiply = {&rank,   rows, expert.rows,   first,      last,  lora.tiles,    panels,
+                                     nullptr, 0,    config.strict, worker.out, width, worker.product};
+      kernels.multiply(&multiply);
+      const AddDroppedArgs add = {worker.out,
+                                  width,
+                                  first,
+                                  last,
+                                  column,
+                                  static_cast<int32_t>(width),
+                                  run.route.tokens.data() + expert.first,
+                                  run.dropped(share, expert.id, projection),
+                                  run.route.tokens.data() + expert.first,
+                                  sum,
+                                  sum_stride};
+      kernels.add_dropped(&add);
+    }
+  }
+}
+
+// Gradient of the input, summed by token in fp32: for each run of columns all experts in their order, by one
+// worker or, where sums are shared, by turns.
+void Training::grad_gate_up(Run &run) const {
+  const ktk_moe_config &config = moe_.config();
   const int64_t hidden = config.hidden_size, padded = align_up(hidden, kPanelColumns);
   const int64_t runs = divide_up(hidden, run.token_columns);
-  const std::vector<int64_t> units = units_of_shards(runs);
-  const auto unit = [&](int s, int index, int64_t which) {
-    const ExpertStore::Shard &shard = moe_.store().shard(s);
-    const Run::Shard &part = run.shards[static_cast<size_t>(s)];
-    const Run::Worker worker = run.worker(s, index);
-    const auto column = static_cast<int32_t>(which * run.token_columns);
-    const auto columns = static_cast<int32_t>(std::min<int64_t>(run.token_columns, hidden - column));
-    const auto panels = static_cast<int32_t>(divide_up(columns, kPanelColumns));
-    const int64_t width = int64_t{panels} * kPanelColumns;
-    std::memset(worker.sum, 0, static_cast<size_t>(run.tokens * width) * sizeof(float));
-    for (int64_t e = 0; e < run.experts(); e++) {
-      const Route::Expert &expert = run.expert(static_cast<int32_t>(e));
-      const Weights weights = weights_of(moe_.store(), s, expert.id, KTK_PART_GATE_UP_WEIGHT);
-      const ExpandArgs expand = {&shard.gate_up,
-                                 weights.tiles,
-                                 weights.scale,
-                                 weights.factors,
-                                 static_cast<int32_t>(shard.panels),
-                                 2,
-                                 column,
-                                 columns,
-                                 worker.tiles};
-      moe_.kernels_.expand(&expand);
-      const Gemm &rank = run.extra.gate_up_rank;
-      LoraProduct lora{};
-      const bool adapted = run.adapted && s == 0;
-      if (adapted) {
-        AdapterPair a = gate_up_a(expert.id, column, columns);
-        a.second_depth = run.even_rank;
-        tiles_of_columns(a, {worker.lora_tiles, rank.steps * kTileBytes, kTileBytes, panels, rank.steps});
-        lora = {&rank, run.grad_gate_up_input[0] + int64_t{expert.first} * rank.steps * kStepBytes,
-                worker.lora_tiles};
-      }
-      const DownArgs down = {
-          &part.gate_up_gemm,
-          {worker.tiles, nullptr, nullptr},
-          nullptr,
-          {part.gate_up + int64_t{expert.first} * part.gate_up_gemm.steps * kStepBytes, nullptr, nullptr},
-          run.route.tokens.data() + expert.first,
-          run.ones + expert.first,
-          expert.rows,
-          config.hidden_size,
-          0,
-          panels,
-          config.strict,
-          worker.product,
-          worker.sum,
-          adapted && !run.dropout ? &lora : nullptr};
-      bf16.down(&down);
-      if (!adapted || !run.dropout) continue;
-      for (const Projection projection : {kGate, kUp}) {
-        uint8_t *rows = run.grad_gate_up_input[projection] + int64_t{expert.first} * rank.steps * kStepBytes;
-        for (int32_t first = 0; first < expert.rows; first += kPassRows) {
-          const int32_t last = std::min(first + kPassRows, expert.rows);
-          const MultiplyArgs multiply = {&rank,      rows,   expert.rows,   first, last,
-                                         lora.tiles, panels, nullptr,       0,     config.strict,
-                                         worker.out, width,  worker.product};
-          kernels.multiply(&multiply);
-          const AddDroppedArgs add = {worker.out,
-                                      width,
-                                      first,
-                                      last,
-                                      column,
-                                      static_cast<int32_t>(width),
-                                      run.route.tokens.data() + expert.first,
-                                      run.dropped(share, expert.id, projection),
-                                      run.route.tokens.data() + expert.first,
-                                      worker.sum,
-                                      width};
-          kernels.add_dropped(&add);
+  const std::vector<int64_t> units = units_of_shards(run.shared_sums ? runs * run.experts() : runs);
+  const SpanLabel label{Stage::grad_gate_up, config.layer_index};
+  if (run.shared_sums) {
+    std::vector<Turns> turns;
+    for (size_t s = 0; s < run.shards.size(); s++) turns.emplace_back(runs);
+    const auto unit = [&](int s, int index, int64_t which) {
+      const auto column = static_cast<int32_t>(which % runs * run.token_columns);
+      const auto columns = static_cast<int32_t>(std::min<int64_t>(run.token_columns, hidden - column));
+      const Turns::Turn turn = {&turns[static_cast<size_t>(s)], which % runs,
+                                static_cast<uint32_t>(which / runs)};
+      add_grad_gate_up(run, s, index, static_cast<int32_t>(which / runs), column, columns,
+                       run.shards[static_cast<size_t>(s)].partial + column, padded, &turn);
+      Turns::done(turn);
+    };
+    run_in_order(moe_.context_->pool, label, units.data(), unit);
+  } else {
+    const auto unit = [&](int s, int index, int64_t which) {
+      const Run::Shard &part = run.shards[static_cast<size_t>(s)];
+      const Run::Worker worker = run.worker(s, index);
+      const auto column = static_cast<int32_t>(which * run.token_columns);
+      const auto columns = static_cast<int32_t>(std::min<int64_t>(run.token_columns, hidden - column));
+      const int64_t width = align_up(columns, kPanelColumns);
+      std::memset(worker.sum, 0, static_cast<size_t>(run.tokens * width) * sizeof(float));
+      for (int64_t e = 0; e < run.experts(); e++)
+        add_grad_gate_up(run, s, index, static_cast<int32_t>(e), column, columns, worker.sum, width, nullptr);
+      if (part.partial != nullptr) {
+        for (int64_t t = 0; t < run.tokens; t++) {
+          std::memcpy(part.partial + t * padded + column, worker.sum + t * width,
+                      static_cast<size_t>(width) * sizeof(float));
         }
+        return;
       }
-    }
-    if (part.partial != nullptr) {
-      for (int64_t t = 0; t < run.tokens; t++) {
-        std::memcpy(part.partial + t * padded + column, worker.sum + t * width,
-                    static_cast<size_t>(width) * sizeof(float));
-      }
-      return;
-    }
-    const float *parts[] = {worker.sum};
-    const FinishArgs finish = {parts,
-                               1,
-                               width,
-                               0,
-                               static_cast<int32_t>(run.tokens),
-                               column,
-                               column + columns,
-                               hidden,
-                               run.args->grad_input,
-                               run.args->grad_input_dtype,
-                               0};
-    moe_.backend().finish(&finish);
-  };
-  run_section(moe_.context_->pool, {Stage::grad_gate_up, config.layer_index}, units.data(), unit);
+      const float *parts[] = {worker.sum};
+      const FinishArgs finish = {parts,
+                                 1,
+                                 width,
+                                 0,
+                                 static_cast<int32_t>(run.tokens),
+                                 column,
+                                 column + columns,
+                                 hidden,
+                                 run.args->grad_input,
+                                 run.args->grad_input_dtype,
+                                 0};
+      moe_.backend().finish(&finish);
+    };
+    run_section(moe_.context_->pool, label, units.data(), unit);
+  }
   std::vector<const float *> parts;
   for (const Run::Shard &part : run.shards) {
     if (part.partial != nullptr) parts.push_back(part.partial);

@@ -104,7 +104,8 @@ void Training::start(Run &run) const {
   }
   const bool tiles = moe_.kernels_.tile_rows > 0;
   run.unit_columns = tiles ? 256 : 64;
-  run.token_columns = tiles ? 128 : 64;
+  run.shared_sums = run.args != nullptr && tiles && Moe::many_rows(run.route);
+  run.token_columns = run.shared_sums ? 256 : tiles ? 128 : 64;
 
   const auto count = static_cast<size_t>(store.shard_count());
   run.shards.resize(count);
@@ -138,7 +139,7 @@ void Training::start(Run &run) const {
     }
     run.out_floats =
         std::max<int64_t>(int64_t{kPassRows} * std::max(run.unit_columns, run.token_columns), middle);
-    run.sum_floats = run.tokens * run.token_columns;
+    run.sum_floats = run.shared_sums ? 0 : run.tokens * run.token_columns;
   }
   run.scratch_bytes = align_up(int64_t{kScratchFloats} * 4, 64) + align_up(run.tile_bytes, 64) +
                       align_up(run.lora_tile_bytes, 64) + align_up(run.operand_bytes, 64) +
@@ -231,7 +232,7 @@ void Training::place(Run &run, bool measuring) const {
         part.plain = run.adapted && scaled ? operand_of(arena, part.gate_up_gemm) : nullptr;
         if (run.adapted || base) part.z = operand_of(arena, part.z_gemm);
         part.products = arena.place<float>(rows * part.units);
-        if (store.shard_count() > 1) {
+        if (run.shared_sums || store.shard_count() > 1) {
           part.partial = arena.place<float>(run.tokens * hidden_panels * kPanelColumns);
         }
         if (run.adapted) {

@@ -72,6 +72,7 @@ struct Training::Run {
   std::vector<int64_t> k_steps{};  // steps of 32 rows before each expert's, and in all
   int32_t unit_columns = 0;        // of grad_down
   int32_t token_columns = 0;       // of grad_gate_up
+  bool shared_sums = false;        // in grad_gate_up, see Moe::Batch
 
   // All on the first node.
   uint8_t *gate_up_a = nullptr;     // tiles, by expert

@@ -16,13 +16,15 @@ KTK_INLINE bool uses_tiles(int32_t rows, int32_t strict) {
   return kLeast > 0 && (rows >= kLeast || (strict && !Format::kInteger));
 }
 
-// Rows of one pass: on matrix units, passes of equal height in whole panels of rows; on vectors, as many rows
-// as take half of a 2 MiB second-level cache, or what kExpandedBytes says.
+// Rows of one pass over `tiles` tiles of weights: on matrix units, passes of equal height in whole panels of
+// rows, whose sums fit the scratch; on vectors, as many rows as take half of a 2 MiB second-level cache, or
+// what kExpandedBytes says.
 template <class Ops, class Format>
-KTK_INLINE int pass_rows(const Gemm &gemm, bool tiles, int rows) {
-  if (tiles) {
+KTK_INLINE int pass_rows(const Gemm &gemm, bool matrix_units, int tiles, int rows) {
+  if (matrix_units) {
     constexpr int kPanelRows = kTileBlocks * kBlockRows;
-    const int passes = (rows + kTilePassRows - 1) / kTilePassRows;
+    const int most = least(kSumFloats / (tiles * kPanelColumns) / kPanelRows * kPanelRows, kPassRows);
+    const int passes = (rows + most - 1) / most;
     return (rows + passes * kPanelRows - 1) / (passes * kPanelRows) * kPanelRows;
   }
   int bytes = 1 << 20;
@@ -165,18 +167,18 @@ KTK_INLINE void save_gate_up(const GateUpTraining &training, int row, int column
   store_values<Ops>(saved + training.saved_columns, KTK_DTYPE_BF16, column, training.saved_columns, up);
 }
 
-// Columns of one group of the intermediate: all of them, or a part, and then whoever is the last to compute
-// one makes int8 of the group.
+// Columns of whole groups of the intermediate (on vectors, of one), or of a part of one, and then whoever is
+// the last to compute a part makes int8 of the group.
 template <class Ops, class Format>
-static void gate_up(const GateUpArgs *args) {
+static void gate_up_columns(const GateUpArgs *args, int first_column, int last_column, bool tiles) {
   const Gemm &gemm = *args->gemm;
   const Gemm &next = *args->next;
-  const bool tiles = uses_tiles<Ops, Format>(args->rows, args->strict);
-  const int rows_of_pass = pass_rows<Ops, Format>(gemm, tiles, args->rows);
+  const int columns = last_column - first_column;
+  const int tile_count = (columns + kPanelColumns - 1) / kPanelColumns * 2;
+  const int rows_of_pass = pass_rows<Ops, Format>(gemm, tiles, tile_count, args->rows);
   const int64_t panel_bytes = (int64_t)gemm.steps * 2 * Format::kTileBytes;
   const int64_t panel_scales = (int64_t)gemm.weight_groups * 2 * kPanelColumns;
   const int64_t panel_factors = (int64_t)gemm.factor_groups * 2 * kFactorBytes;
-  const int first_column = args->first_column, columns = args->last_column - first_column;
   const int64_t panel = first_column / kPanelColumns;
   const Product p = {args->gemm,
                      args->weights.tiles + panel * panel_bytes,
@@ -193,7 +195,6 @@ static void gate_up(const GateUpArgs *args) {
                      2 * kFactorBytes,
                      args->input,
                      args->rows};
-  const int tile_count = (columns + kPanelColumns - 1) / kPanelColumns * 2;
   const GateUpTraining *training = args->training;
   const LoraProduct *lora = training != nullptr ? training->lora : nullptr;
   Product added = {};
@@ -202,15 +203,18 @@ static void gate_up(const GateUpArgs *args) {
                          lora->rows, args->rows, true);
   }
 
-  // What is stored at once: the group, where its columns share a scale.
+  // Activations of a group wait in a row of their own, unless those of a row are not made together.
   const bool shared = Format::kInteger && args->group_values != nullptr;
-  const int group = first_column / kIntermediateGroup * kIntermediateGroup;
-  const int from = Format::kInteger ? group : first_column;
-  const int count = Format::kInteger ? least(kIntermediateGroup, next.depth - group) : columns;
-  // Activations wait in a row of their own, unless those of a row are not made together.
   float *activated = shared ? args->group_values : args->scratch + kSumFloats;
   const int64_t activated_stride = tiles && !shared ? 0 : kIntermediateGroup;
-  const auto finish_row = [&](int row, const float *values) {
+  // Stores what there is of a group at once: all of it, where its columns share a scale.
+  const auto start_of = [&](int group) {
+    return !Format::kInteger && first_column > group ? first_column : group;
+  };
+  const auto finish_row = [&](int row, int group, const float *values) {
+    const int from = start_of(group);
+    const int stop = Format::kInteger ? next.depth : last_column;
+    const int count = least(group + kIntermediateGroup, stop) - from;
     const RowAddress to = row_address(args->output.data, next, args->rows, row);
     uint8_t *first_step = to.data + from / Format::kStepColumns * to.step_stride_bytes;
     if constexpr (Format::kInteger) {
@@ -237,32 +241,44 @@ static void gate_up(const GateUpArgs *args) {
           float *values = activated + (shared ? row : row - pass) * activated_stride;
           for (int j = 0; j < tiles_here; j += 2) {
             const int column = first_column + (tile + j) / 2 * kPanelColumns;
+            const int group = column / kIntermediateGroup * kIntermediateGroup;
             typename Ops::F gate = Ops::load_f(sums + j * stride);
             typename Ops::F up = Ops::load_f(sums + (j + 1) * stride);
             if (args->gate_bias != nullptr) gate = Ops::add(gate, Ops::load_f(args->gate_bias + column));
             if (args->up_bias != nullptr) up = Ops::add(up, Ops::load_f(args->up_bias + column));
             if (training != nullptr && training->saved != nullptr)
               save_gate_up<Ops>(*training, row, column, gate, up);
-            Ops::store_f(values + column - from, gated_activation<Ops>(gate, up, args->limit, args->alpha));
+            Ops::store_f(values + column - start_of(group),
+                         gated_activation<Ops>(gate, up, args->limit, args->alpha));
+            const bool last = column + kPanelColumns >= least(group + kIntermediateGroup, last_column);
+            if (last && !shared) finish_row(row, group, values);
           }
-          // The row's last columns.
-          if (!shared && tile + tiles_here == tile_count) finish_row(row, values);
         },
         lora != nullptr ? &added : nullptr);
   }
   if (!shared || __atomic_sub_fetch(args->parts_left, 1, __ATOMIC_ACQ_REL) > 0) return;
-  for (int row = 0; row < args->rows; row++) finish_row(row, activated + (int64_t)row * kIntermediateGroup);
+  const int group = first_column / kIntermediateGroup * kIntermediateGroup;
+  for (int row = 0; row < args->rows; row++)
+    finish_row(row, group, activated + (int64_t)row * kIntermediateGroup);
+}
+
+template <class Ops, class Format>
+static void gate_up(const GateUpArgs *args) {
+  const bool tiles = uses_tiles<Ops, Format>(args->rows, args->strict);
+  const int width = tiles ? kMostGroups * kIntermediateGroup : kIntermediateGroup;
+  for (int column = args->first_column; column < args->last_column; column += width)
+    gate_up_columns<Ops, Format>(args, column, least(column + width, args->last_column), tiles);
 }
 
 template <class Ops, class Format>
 static void down(const DownArgs *args) {
   const Gemm &gemm = *args->gemm;
   const bool tiles = uses_tiles<Ops, Format>(args->rows, args->strict);
-  const int rows_of_pass = pass_rows<Ops, Format>(gemm, tiles, args->rows);
+  const int panels = args->last_panel - args->first_panel;
+  const int rows_of_pass = pass_rows<Ops, Format>(gemm, tiles, panels, args->last_row - args->first_row);
   const int64_t panel_bytes = (int64_t)gemm.steps * Format::kTileBytes;
   const int64_t panel_scales = (int64_t)gemm.weight_groups * kPanelColumns;
   const int64_t panel_factors = (int64_t)gemm.factor_groups * kFactorBytes;
-  const int panels = args->last_panel - args->first_panel;
   const Product p = {args->gemm,
                      args->weights.tiles + args->first_panel * panel_bytes,
                      panel_bytes,
@@ -284,17 +300,20 @@ static void down(const DownArgs *args) {
     added = bf16_product(rank, args->lora->tiles + (int64_t)args->first_panel * rank.steps * Bf16::kTileBytes,
                          false, args->lora->rows, args->rows, true);
   }
-  for (int pass = 0; pass < args->rows; pass += rows_of_pass) {
+  bool waits = args->await_turn != nullptr;
+  for (int pass = args->first_row; pass < args->last_row; pass += rows_of_pass) {
     product<Ops, Format>(
-        p, tiles, panels, pass, least(pass + rows_of_pass, args->rows), args->scratch,
+        p, tiles, panels, pass, least(pass + rows_of_pass, args->last_row), args->scratch,
         [&](int tile, int count, int row, const float *sums, int64_t stride) {
+          if (waits) args->await_turn(args->turn);
+          waits = false;
           const typename Ops::F weight = Ops::set1_f(args->expert_weights[row]);
           const auto sum_of = [&](int index) {
-            return args->sum + ((int64_t)args->tokens[index] * panels + tile) * kPanelColumns;
+            return args->sum + args->tokens[index] * args->sum_stride + tile * kPanelColumns;
           };
           float *target = sum_of(row);
           // Sums of tokens far apart: the hardware does not foresee them.
-          const float *soon = sum_of(least(row + kBlockRows, args->rows - 1));
+          const float *soon = sum_of(least(row + kBlockRows, args->last_row - 1));
           for (int j = 0; j < count; j++) __builtin_prefetch(soon + j * kPanelColumns, 0, 2);
           for (int j = 0; j < count; j++) {
             typename Ops::F y = Ops::load_f(sums + j * stride);

@@ -13,11 +13,10 @@
 constexpr int kGroupRows = 2 * kBlockRows;  // rows that one call of the vector kernels is given
 
 // Matrix units: a panel of rows in one block of K is up to 4 tiles by 8 steps, 32 KiB, and a pass takes as
-// many rows as keep their sums in the second-level cache. Measured on Emerald Rapids: docs/benchmarks/log.md.
+// many rows as keep their sums in half a MiB of the second-level cache. Measured on Emerald Rapids:
+// docs/benchmarks/log.md.
 constexpr int kTileBlocks = 4;
 constexpr int kTileBlockSteps = 8;
-constexpr int kTilePassRows = 512;
-constexpr int kMostTiles = 2 * kIntermediateGroup / kPanelColumns;  // side by side in one call
 
 KTK_INLINE int least(int a, int b) { return a < b ? a : b; }
 

@@ -6,9 +6,9 @@
 // from the second-level cache or nearer.
 //
 // Registers 0-3 hold sums, 4 the rows, 5 the weights; 6 and 7 are used only for a block of fewer than 16 rows
-// and for a second tile of weights. Where two hyper-threads share a core, registers that hold nothing are what
-// the processor renames the others into, and a loop that loads tiles runs 1.6 times as fast with 6 registers
-// as with 8 (docs/benchmarks/log.md).
+// and for a second tile of weights. Where two hyper-threads share a core, registers that hold nothing are
+// what the processor renames the others into, and a loop that loads tiles runs 1.6 times as fast with 6
+// registers as with 8 (docs/benchmarks/log.md).
 #pragma once
 
 #include "kernels/product.h"
@@ -60,7 +60,7 @@ struct TileState {
   [[maybe_unused]] TileFile file;
   uint64_t shape = 0;  // what the registers are configured for
   // Operands of one block of K, where weights are not stored as such: [tile][step].
-  alignas(64) uint8_t expanded[kMostTiles * kTileBlockSteps][1024];
+  alignas(64) uint8_t expanded[kMostPanels * kTileBlockSteps][1024];
   alignas(64) int32_t sums[2][2][4][kSumTileFloats];  // [lot][segment][block and tile]
   SegmentRows segment_rows[2 * kTileBlockSteps];
   int first_segment;  // of segment_rows

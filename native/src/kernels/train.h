@@ -287,7 +287,7 @@ static void unpack(const UnpackArgs *args) {
 template <class Ops>
 static void multiply(const MultiplyArgs *args) {
   const bool tiles = uses_tiles<Ops, Bf16>(args->row_count, args->strict);
-  const int rows_of_pass = pass_rows<Ops, Bf16>(*args->gemm, tiles, args->row_count);
+  const int rows_of_pass = pass_rows<Ops, Bf16>(*args->gemm, tiles, args->panels, args->last - args->first);
   const Product p = bf16_product(*args->gemm, args->tiles, false, args->rows, args->row_count, false);
   Product added = {};
   if (args->lora != nullptr) {
