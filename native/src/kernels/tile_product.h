@@ -82,7 +82,9 @@ struct TilesAhead {
   const uint8_t *rows;      // of the next panel, or null
   int64_t row_block_bytes;  // from one block of rows to the next
   int row_blocks;
-  bool weights;  // of the next block of K
+  // Of the next block of K, whose weights the panels of this one fetch by turns: which of them this one is. 0
+  // panels: there is no next block.
+  int panel, panels;
 };
 
 // Registers 0-3 for sums of so many rows (0: not used), 4 for whole blocks of rows and 6 for the last, 5 and
@@ -150,19 +152,20 @@ static void add_waiting(const Product &p, const TileState &state, int block, int
     for (int j = 0; j < NT; j++)
       scale[s][j] = Grouped ? weight_scale<Ops>(p, waiting.segment + s, waiting.tile + j) : Ops::zero_f();
   }
-  const SegmentRows *of = state.segment_rows + (waiting.segment - state.first_segment);
   const int row = waiting.first_row + block * kBlockRows;
   const int rows = least(waiting.rows - block * kBlockRows, kBlockRows);
+  const SegmentRows *of = state.segment_rows + (waiting.segment - state.first_segment);
+  const int32_t *sums = state.sums[waiting.lot][0][block * 2];
   float *out = waiting.out + block * out_stride;
-  for (int r = 0; r < rows; r++, out += kPanelColumns) {
+  for (int r = 0; r < rows; r++, out += kPanelColumns, sums += kPanelColumns) {
     F target[NT];
     for (int j = 0; j < NT; j++) target[j] = Ops::load_f(out + j * kSumTileFloats);
     for (int s = 0; s < Segments; s++) {
       const typename Ops::I start = Ops::set1_i(of[s].start[row + r]);
       const F row_scale = Ops::set1_f(of[s].scale[row + r]);
       for (int j = 0; j < NT; j++) {
-        const int32_t *sums = state.sums[waiting.lot][s][block * 2 + j] + r * kPanelColumns;
-        const F sum = Ops::from_i(Ops::add_i(Ops::load_i(sums), start));
+        const typename Ops::I exact = Ops::load_i(sums + (s * 4 + j) * kSumTileFloats);
+        const F sum = Ops::from_i(Ops::add_i(exact, start));
         target[j] = Ops::fma(sum, Grouped ? Ops::mul(scale[s][j], row_scale) : row_scale, target[j]);
       }
     }
@@ -200,6 +203,11 @@ KTK_INLINE TileRows tile_rows(const Product &p, const TilePanel &panel, int bloc
   const RowAddress address =
       row_address(p.rows.data, *p.gemm, p.row_count, panel.first_row + block * kBlockRows);
   return {address.data + first_step * address.step_stride_bytes, address.step_stride_bytes};
+}
+
+// Whether a panel fetches the weights of a tile in the next block of K.
+KTK_INLINE bool fetches_weights(const TilesAhead &ahead, int tile) {
+  return ahead.panels > 0 && tile / 2 % ahead.panels == ahead.panel;
 }
 
 // The lines of the next panel's rows that belong to share `index` of `shares` in each step.
@@ -242,6 +250,7 @@ static void tile_panel(const Product &p, TileState &state, int tile_count, const
     const TileColumn column = tile_column<Format>(p, state, tile, step0);
     const TileColumn next = tile_column<Format>(p, state, tile + 1 < tile_count ? tile + 1 : tile, step0);
     float *target = out + (int64_t)tile * kSumTileFloats;
+    const bool far = fetches_weights(ahead, tile);
     if (step0 == 0 && !p.accumulate) {
       KTK_TILE_EACH(MT, KTK_ZERO);
     } else {
@@ -251,7 +260,7 @@ static void tile_panel(const Product &p, TileState &state, int tile_count, const
       const int soon = step + 2;
       prefetch_near(soon < steps ? column.data + soon * column.step_stride_bytes
                                  : next.data + (soon - steps) * next.step_stride_bytes);
-      if (ahead.weights) prefetch_far(column.data + (steps + step) * column.step_stride_bytes);
+      if (far) prefetch_far(column.data + (steps + step) * column.step_stride_bytes);
       fetch_rows(ahead, step, tile, tile_count);
       KTK_TILE_LOAD(file, 5, column.data + step * column.step_stride_bytes, 64);
       KTK_TILE_EACH(MT, KTK_MULTIPLY);
@@ -268,7 +277,7 @@ static void tile_panel(const Product &p, TileState &state, int tile_count, const
 // after each segment. While the unit works on segments, sums that left before are scaled.
 template <class Ops, class Format, int MT, int NT, bool Partial>
 static void tile_segments(const Product &p, TileState &state, const TileSteps &k, const WaitingSums &place,
-                          const TilePanel &panel, const TilesAhead &ahead, int share, int shares,
+                          const TilePanel &panel, const TilesAhead &ahead, bool far, int share, int shares,
                           int64_t out_stride) {
   const Gemm &gemm = *p.gemm;
   [[maybe_unused]] TileFile &file = state.file;
@@ -316,7 +325,7 @@ static void tile_segments(const Product &p, TileState &state, const TileSteps &k
       if constexpr (MT == 2) KTK_TILE_ZERO(file, 2);
       if constexpr (MT == 2 && NT == 2) KTK_TILE_ZERO(file, 3);
       for (int step = first; step < stop; step++) {
-        for (int j = 0; j < NT && ahead.weights; j++)
+        for (int j = 0; j < NT && far; j++)
           prefetch_far(columns[j].data + (k.count + step) * columns[j].step_stride_bytes);
         fetch_rows(ahead, step, share, shares);
         KTK_LOAD_WEIGHTS(5, 0);
@@ -383,10 +392,9 @@ static void segments_panel(const Product &p, TileState &state, int tile_count, c
         for (int i = 0; i < blocks; i++)
           __builtin_memset(place.out + i * out_stride, 0, (uint64_t)tiles * kSumTileFloats * 4);
       }
-      TilesAhead here = ahead;
-      here.weights = ahead.weights && block == 0;
+      const bool far = block == 0 && fetches_weights(ahead, tile);
       const auto run = [&](auto kernel) {
-        kernel(p, state, k, place, panel, here, share, shares, out_stride);
+        kernel(p, state, k, place, panel, ahead, far, share, shares, out_stride);
       };
       if (tiles == 2) {
         if (blocks == 2) {
@@ -517,9 +525,11 @@ static void tile_product(const Product &p, int tile_count, int first, int last, 
       }
       for (int block = 0; block < row_blocks; block += kTileBlocks) {
         const TilePanel panel = panel_at(block);
-        TilesAhead ahead = {nullptr, (int64_t)gemm.steps * kBlockRows * kStepBytes, 0, false};
-        // The first rows to meet this block of weights fetch the next one.
-        ahead.weights = block == 0 && !Format::kExpands && !last_of_k;
+        TilesAhead ahead = {nullptr, (int64_t)gemm.steps * kBlockRows * kStepBytes, 0, 0, 0};
+        if (!Format::kExpands && !last_of_k) {
+          ahead.panel = block / kTileBlocks;
+          ahead.panels = (row_blocks + kTileBlocks - 1) / kTileBlocks;
+        }
         const bool more_rows = block + kTileBlocks < row_blocks;
         if (more_rows || !last_of_k) {
           const TilePanel following = panel_at(more_rows ? block + kTileBlocks : 0);
