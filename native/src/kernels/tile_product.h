@@ -538,9 +538,11 @@ static void tile_product(const Product &p, int tile_count, int first, int last, 
           ahead.row_blocks = following.blocks;
         }
         float *target = tile_sums(out, block, tile_count, 0);
-        if (Format::kInteger && gemm.segments > 1) {
-          segments_panel<Ops, Format>(p, state, tile_count, k, panel, ahead, target);
-          continue;
+        if constexpr (Format::kInteger) {
+          if (gemm.segments > 1) {
+            segments_panel<Ops, Format>(p, state, tile_count, k, panel, ahead, target);
+            continue;
+          }
         }
         switch (panel.blocks) {
           case 1:
@@ -557,7 +559,7 @@ static void tile_product(const Product &p, int tile_count, int first, int last, 
         }
       }
     }
-    if (Format::kInteger) add_all_waiting<Ops>(p, state, (int64_t)tile_count * kSumTileFloats);
+    if constexpr (Format::kInteger) add_all_waiting<Ops>(p, state, (int64_t)tile_count * kSumTileFloats);
   }
   KTK_TILE_RELEASE(state.file);
 }
