@@ -110,6 +110,16 @@ def test_more_rows_than_one_pass_and_one_block(form: Format) -> None:
     )
 
 
+@pytest.mark.parametrize("threads", [(3,), (1, 2)], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_sums_made_by_turns(threads: tuple[int, ...], dropout: float, isa: str) -> None:
+    """With many rows an expert, workers add to the same gradients of the input, in runs of 256 columns."""
+    case = Case(
+        isa=isa, hidden=600, intermediate=40, experts=3, top_k=2, batch=60, threads=threads, dropout=dropout
+    )
+    check(case)
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_base_weights(policy: int, shards: int, isa: str) -> None:

@@ -3,8 +3,9 @@
 //   route      which rows each expert computes
 //   quantise   each token once
 //   gather     the rows of experts with several tokens, side by side
-//   gate/up    per (expert, 128 intermediate columns): both projections, activation, requantisation
-//   down       per run of output columns: all experts, weighted and summed in fp32, rounded once
+//   gate/up    per (expert, 128 intermediate columns, or 256): both projections, activation, requantisation
+//   down       per run of output columns: all experts, weighted and summed in fp32, rounded once; where rows
+//              fill tiles, per (expert, run of output columns), by turns
 //
 // With several shards each computes a partial sum over its columns of the intermediate, and a last section
 // adds the parts in the order of the shards.
