@@ -41,22 +41,38 @@ struct Bf16 {
   template <class Ops>
   static int32_t pack(const PackArgs *args) {
     const Gemm &gemm = *args->gemm;
-    for (int n = 0; n < kPanelColumns; n++) {
-      if (args->rows[n] != nullptr &&
-          largest_magnitude_bits<Ops>(args->rows[n], args->dtype, 0, args->full_depth) >= kRoundsToInfinity) {
-        return 1;
-      }
-      const int64_t last = args->first_column + gemm.depth;
-      for (int64_t i = 0; i < (int64_t)gemm.steps * kStepColumns; i += 16) {
-        uint16_t values[16] = {};
-        if (args->rows[n] != nullptr && i < gemm.depth) {
-          Ops::store_bf16(values, load_values<Ops>(args->rows[n], args->dtype, args->first_column + i, last));
+    typename Ops::I largest = Ops::zero_i();
+    for (int64_t step = 0; step < gemm.steps; step++) {
+      alignas(64) uint16_t values[kPanelColumns][kStepColumns];
+      const int64_t first = step * kStepColumns;
+      const bool as_it_is = args->dtype == KTK_DTYPE_BF16 && first + kStepColumns <= gemm.depth;
+      for (int n = 0; n < kPanelColumns; n++) {
+        if (args->rows[n] == nullptr) {
+          __builtin_memset(values[n], 0, kStepBytes);
+          continue;
         }
-        uint8_t *tile = args->tiles + i / kStepColumns * args->step_stride_bytes;
-        for (int pair = 0; pair < 8; pair++)
-          __builtin_memcpy(tile + (i % kStepColumns / 2 + pair) * 64 + n * 4, values + 2 * pair, 4);
+        if (as_it_is) {
+          const uint16_t *from = (const uint16_t *)args->rows[n] + args->first_column + first;
+          const typename Ops::I pairs = Ops::load_i(from);
+          __builtin_prefetch(from + kPackAheadBytes / 2, 0, 0);
+          largest = larger_magnitude<Ops>(largest, Ops::shift_left_16(pairs));
+          largest = larger_magnitude<Ops>(largest, Ops::and_i(pairs, Ops::set1_i((int32_t)0xffff0000)));
+          Ops::store_i(values[n], pairs);
+          continue;
+        }
+        for (int c = 0; c < kStepColumns; c += 16) {
+          const int64_t last = args->first_column + gemm.depth;
+          const typename Ops::F v =
+              first + c < gemm.depth
+                  ? load_values<Ops>(args->rows[n], args->dtype, args->first_column + first + c, last)
+                  : Ops::zero_f();
+          largest = larger_magnitude<Ops>(largest, Ops::as_i(v));
+          Ops::store_bf16(values[n] + c, v);
+        }
       }
+      store_tile<Ops>(values, args->tiles + step * args->step_stride_bytes);
     }
-    return 0;
+    finish_tiles();
+    return Ops::reduce_max_i(largest) >= kRoundsToInfinity;
   }
 };

@@ -38,20 +38,45 @@ constexpr int kFactorBytes = 2 * kPanelColumns;  // of a group in a panel
 
 constexpr int kPackColumns = 128;  // columns packed at a time: a multiple of every group and step
 
-// 16 columns of a panel from `column` of the shard on, [column][16 rows]; zero past the end and in rows that
-// do not exist.
+// `count` values of row n from `column` of the shard on, a multiple of 16; zero past the end and in rows that
+// do not exist. The rows of a panel are too many streams for a processor to foresee.
+constexpr int kPackAheadBytes = 1024;
+template <class Ops>
+KTK_INLINE void load_row(const PackArgs *args, int n, int64_t column, int count, float *values) {
+  const int64_t depth = args->gemm->depth, from = args->first_column + column;
+  const bool exists = args->rows[n] != nullptr;
+  if (exists && column + count <= depth && args->dtype == KTK_DTYPE_BF16) {
+    const uint16_t *row = (const uint16_t *)args->rows[n] + from;
+    for (int c = 0; c < count; c += 32) __builtin_prefetch(row + c + kPackAheadBytes / 2, 0, 0);
+    for (int c = 0; c < count; c += 16) Ops::store_f(values + c, Ops::load_bf16(row + c));
+    return;
+  }
+  const int64_t last = args->first_column + depth;
+  for (int c = 0; c < count; c += 16) {
+    Ops::store_f(values + c, exists && column + c < depth
+                                 ? load_values<Ops>(args->rows[n], args->dtype, from + c, last)
+                                 : Ops::zero_f());
+  }
+}
+
+// 16 columns of a panel from `column` of the shard on, [column][16 rows].
 template <class Ops>
 KTK_INLINE void load_columns(const PackArgs *args, int64_t column, float *columns) {
   float rows[kPanelColumns][16];
-  const int64_t last = args->first_column + args->gemm->depth;
-  for (int n = 0; n < kPanelColumns; n++) {
-    const bool exists = args->rows[n] != nullptr && column < args->gemm->depth;
-    Ops::store_f(rows[n],
-                 exists ? load_values<Ops>(args->rows[n], args->dtype, args->first_column + column, last)
-                        : Ops::zero_f());
-  }
+  for (int n = 0; n < kPanelColumns; n++) load_row<Ops>(args, n, column, 16, rows[n]);
   Ops::transpose(rows, columns);
 }
+
+// Rows of one step of K, 64 bytes each, into a tile of 1024 bytes: their words of 4 bytes transposed. The
+// tile will not be read soon, so it passes by the caches; finish_tiles() makes it visible to other threads.
+template <class Ops>
+KTK_INLINE void store_tile(const void *rows, uint8_t *tile) {
+  alignas(64) uint8_t turned[kPanelColumns * kStepBytes];
+  Ops::transpose(rows, turned);
+  for (int line = 0; line < kPanelColumns; line++)
+    Ops::stream_i(tile + line * kStepBytes, Ops::load_i(turned + line * kStepBytes));
+}
+KTK_INLINE void finish_tiles() { __builtin_ia32_sfence(); }
 
 // The largest magnitude of each row of a panel, over all of the unsharded row, as fp32 bits. Returns the
 // largest of them.
@@ -72,13 +97,9 @@ KTK_INLINE void store_row_scales(const PackArgs *args, const float *scale) {
 }
 
 // Scales of a group that bf16 holds exactly.
+template <class Ops>
 KTK_INLINE void store_group_scales(const PackArgs *args, int64_t group, const float *scale) {
-  for (int n = 0; n < kPanelColumns; n++) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, scale + n, 4);
-    const uint16_t half = (uint16_t)(bits >> 16);
-    __builtin_memcpy(args->scale + (group * args->group_stride + n) * 2, &half, 2);
-  }
+  Ops::store_bf16((uint16_t *)args->scale + group * args->group_stride, Ops::load_f(scale));
 }
 
 template <class Ops>

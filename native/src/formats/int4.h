@@ -134,19 +134,20 @@ struct Int4 {
   }
 
   // A group of the 16 rows of a panel, in units of the rows' scales.
+  template <class Ops>
   struct Fit {
-    float multiplier[kPanelColumns], offset[kPanelColumns], error[kPanelColumns];
+    typename Ops::F multiplier, offset, error;
   };
 
   // Codes of a column, and how far they are off.
   template <class Ops>
   struct Coder {
     typename Ops::F minus_multiplier, inverse, minus_offset;
-    KTK_MEMBER explicit Coder(const Fit &fit) {
-      const typename Ops::F multiplier = Ops::load_f(fit.multiplier), minus = Ops::set1_f(-1.0f);
-      minus_multiplier = Ops::mul(multiplier, minus);
-      inverse = Ops::div(Ops::set1_f(1.0f), multiplier);
-      minus_offset = Ops::mul(Ops::load_f(fit.offset), minus);
+    KTK_MEMBER explicit Coder(const Fit<Ops> &fit) {
+      const typename Ops::F minus = Ops::set1_f(-1.0f);
+      minus_multiplier = Ops::mul(fit.multiplier, minus);
+      inverse = Ops::div(Ops::set1_f(1.0f), fit.multiplier);
+      minus_offset = Ops::mul(fit.offset, minus);
     }
     KTK_MEMBER typename Ops::I code(typename Ops::F value, typename Ops::F *error) const {
       const typename Ops::F above = Ops::add(value, minus_offset);
@@ -158,65 +159,50 @@ struct Int4 {
     }
   };
 
-  // Takes `tried` for the rows in which it is closer.
+  // Takes the multiplier and offset for the rows in which they are closer than the best so far.
   template <class Ops>
-  KTK_INLINE void keep_better(const float *columns, int count, Fit &tried, Fit &best) {
+  KTK_INLINE void try_fit(const float *columns, int count, typename Ops::F multiplier, typename Ops::F offset,
+                          Fit<Ops> &best) {
+    typedef typename Ops::F F;
+    const F most = Ops::fma(multiplier, Ops::set1_f(-15.0f), Ops::set1_f(127.0f));
+    Fit<Ops> tried = {multiplier, Ops::max(Ops::set1_f(-128.0f), Ops::min(most, offset)), Ops::zero_f()};
     const Coder<Ops> coder(tried);
-    typename Ops::F sum = Ops::zero_f();
     for (int c = 0; c < count; c++) {
-      typename Ops::F error;
+      F error;
       coder.code(Ops::load_f(columns + c * kPanelColumns), &error);
-      sum = Ops::fma(error, error, sum);
+      tried.error = Ops::fma(error, error, tried.error);
     }
-    Ops::store_f(tried.error, sum);
-    for (int n = 0; n < kPanelColumns; n++) {
-      const bool better = tried.error[n] < best.error[n];
-      best.multiplier[n] = better ? tried.multiplier[n] : best.multiplier[n];
-      best.offset[n] = better ? tried.offset[n] : best.offset[n];
-      best.error[n] = better ? tried.error[n] : best.error[n];
-    }
-  }
-
-  KTK_INLINE float within(float value, float least, float most) {
-    return value < least ? least : value > most ? most : value;
+    best.multiplier = Ops::where_less(tried.error, best.error, tried.multiplier, best.multiplier);
+    best.offset = Ops::where_less(tried.error, best.error, tried.offset, best.offset);
+    best.error = Ops::min(tried.error, best.error);
   }
 
   // Searches the multiplier that spans the group and one less, and offsets around its middle: some apart for
   // both, then the neighbours of the best.
   template <class Ops>
-  KTK_INLINE void fit_group(const float *columns, int count, Fit &best) {
-    typename Ops::F low_values = Ops::zero_f(), high_values = Ops::zero_f();
+  KTK_INLINE void fit_group(const float *columns, int count, Fit<Ops> &best) {
+    typedef typename Ops::F F;
+    F low = Ops::zero_f(), high = Ops::zero_f();
     for (int c = 0; c < count; c++) {
-      const typename Ops::F value = Ops::load_f(columns + c * kPanelColumns);
-      low_values = Ops::min(low_values, value);
-      high_values = Ops::max(high_values, value);
+      const F value = Ops::load_f(columns + c * kPanelColumns);
+      low = Ops::min(low, value);
+      high = Ops::max(high, value);
     }
-    float low[kPanelColumns], high[kPanelColumns];
-    Ops::store_f(low, low_values);
-    Ops::store_f(high, high_values);
-    for (int n = 0; n < kPanelColumns; n++) best.error[n] = float_of_bits(kInfinityBits);
-    Fit tried;
-    const auto try_offsets = [&](const Fit &around, float move) {
-      for (int n = 0; n < kPanelColumns; n++) {
-        tried.multiplier[n] = around.multiplier[n];
-        tried.offset[n] = within(around.offset[n] + move, -128.0f, 127.0f - 15.0f * around.multiplier[n]);
-      }
-      keep_better<Ops>(columns, count, tried, best);
-    };
-    Fit middle;
+    const auto whole = [](F value) { return Ops::from_i(Ops::round_i(value)); };
+    const F span = whole(Ops::mul(Ops::fma(low, Ops::set1_f(-1.0f), high), Ops::set1_f(1.0f / 15.0f)));
+    const F middle = Ops::mul(Ops::add(low, high), Ops::set1_f(0.5f));
+    best.error = Ops::set1_f(float_of_bits(kInfinityBits));
     for (int less = 0; less < 2; less++) {
-      for (int n = 0; n < kPanelColumns; n++) {
-        const float span = __builtin_rintf((high[n] - low[n]) * (1.0f / 15.0f)) - (float)less;
-        middle.multiplier[n] = within(span, 1.0f, (float)kMostMultiplier);
-        middle.offset[n] = __builtin_rintf((low[n] + high[n]) * 0.5f - 7.5f * middle.multiplier[n]);
-      }
-      try_offsets(middle, 0.0f);
-      try_offsets(middle, -3.0f);
-      try_offsets(middle, 3.0f);
+      const F multiplier = Ops::max(Ops::set1_f(1.0f), Ops::min(Ops::set1_f((float)kMostMultiplier),
+                                                                Ops::add(span, Ops::set1_f(-(float)less))));
+      const F offset = whole(Ops::fma(multiplier, Ops::set1_f(-7.5f), middle));
+      try_fit<Ops>(columns, count, multiplier, offset, best);
+      try_fit<Ops>(columns, count, multiplier, Ops::add(offset, Ops::set1_f(-3.0f)), best);
+      try_fit<Ops>(columns, count, multiplier, Ops::add(offset, Ops::set1_f(3.0f)), best);
     }
-    middle = best;
-    try_offsets(middle, -1.0f);
-    try_offsets(middle, 1.0f);
+    const Fit<Ops> around = best;
+    try_fit<Ops>(columns, count, around.multiplier, Ops::add(around.offset, Ops::set1_f(-1.0f)), best);
+    try_fit<Ops>(columns, count, around.multiplier, Ops::add(around.offset, Ops::set1_f(1.0f)), best);
   }
 
   // The scales of rows with groups: the widest group spans 15 steps of the largest multiplier, and the
@@ -264,16 +250,12 @@ struct Int4 {
       if (row_scales<Ops>(args, magnitudes, scale) != 0) return 1;
     } else {
       for (int n = 0; n < kPanelColumns; n++)
-        scale[n] = magnitudes[n] >= kNegligibleBits ? plain_scale<Ops>(args, n) : 0.0f;
+        scale[n] = magnitudes[n] >= kNegligibleBits ? plain_scale<Ops>(args, n, magnitudes[n]) : 0.0f;
     }
     for (int n = 0; n < kPanelColumns; n++) inverse[n] = scale[n] == 0.0f ? 0.0f : 1.0f / scale[n];
     store_row_scales(args, scale);
 
-    Fit fit;
-    for (int n = 0; n < kPanelColumns; n++) {
-      fit.multiplier[n] = 1.0f;
-      fit.offset[n] = -8.0f;
-    }
+    Fit<Ops> fit = {Ops::set1_f(1.0f), Ops::set1_f(-8.0f), Ops::zero_f()};
     const typename Ops::F by = Ops::load_f(inverse);
     for (int64_t first = 0; first < (int64_t)gemm.steps * kStepColumns; first += kPackColumns) {
       float columns[kPackColumns * kPanelColumns];
@@ -287,10 +269,9 @@ struct Int4 {
           const int64_t left = gemm.depth - first - part;
           fit_group<Ops>(values, left < group_columns ? (int)left : group_columns, fit);
           uint8_t *factors = args->factors + (first + part) / group_columns * 2 * args->group_stride;
-          for (int n = 0; n < kPanelColumns; n++) {
-            factors[n] = (uint8_t)fit.multiplier[n];
-            factors[kPanelColumns + n] = (uint8_t)(fit.offset[n] + (float)kZeroPoint);
-          }
+          Ops::store_low_bytes(factors, Ops::round_i(fit.multiplier));
+          Ops::store_low_bytes(factors + kPanelColumns,
+                               Ops::add_i(Ops::round_i(fit.offset), Ops::set1_i(kZeroPoint)));
         }
         const Coder<Ops> coder(fit);
         for (int c = 0; c < group_columns * kPanelColumns; c += kPanelColumns) {
@@ -316,15 +297,16 @@ struct Int4 {
 
   // Of a row without groups: the value of largest magnitude, over -8; of several, the first.
   template <class Ops>
-  KTK_INLINE float plain_scale(const PackArgs *args, int n) {
-    float extreme = 0.0f;
+  KTK_INLINE float plain_scale(const PackArgs *args, int n, int32_t largest_bits) {
     for (int64_t i = 0; i < args->full_depth; i += 16) {
+      const int64_t last = i + 16 < args->full_depth ? i + 16 : args->full_depth;
+      if (largest_magnitude_bits<Ops>(args->rows[n], args->dtype, i, last) != largest_bits) continue;
       float values[16];
       Ops::store_f(values, load_values<Ops>(args->rows[n], args->dtype, i, args->full_depth));
       for (const float value : values) {
-        extreme = __builtin_fabsf(value) > __builtin_fabsf(extreme) ? value : extreme;
+        if (magnitude_bits(value) == largest_bits) return value / -8.0f;
       }
     }
-    return extreme / -8.0f;
+    return 0.0f;
   }
 };

@@ -48,54 +48,72 @@ struct Int8 {
   template <class Ops>
   static int32_t pack(const PackArgs *args) {
     typedef typename Ops::F F;
+    const F least = Ops::set1_f(-127.0f), most = Ops::set1_f(127.0f);
     const Gemm &gemm = *args->gemm;
     const bool per_row = !gemm.scale_is_bf16;
     const int group_columns = per_row ? kPackColumns : gemm.group_columns;
-    int32_t magnitudes[kPanelColumns];
-    if (panel_magnitudes<Ops>(args, magnitudes) >= kInfinityBits) return 1;
-    float scale[kPanelColumns], inverse[kPanelColumns];
-    for (int n = 0; n < kPanelColumns; n++) {
-      const Int8Scale row = int8_scale(magnitudes[n]);
-      scale[n] = row.scale;
-      inverse[n] = row.inverse;
+    float inverse[kPanelColumns];
+    if (per_row) {
+      int32_t magnitudes[kPanelColumns];
+      if (panel_magnitudes<Ops>(args, magnitudes) >= kInfinityBits) return 1;
+      float scale[kPanelColumns];
+      for (int n = 0; n < kPanelColumns; n++) {
+        const Int8Scale row = int8_scale(magnitudes[n]);
+        scale[n] = row.scale;
+        inverse[n] = row.inverse;
+      }
+      store_row_scales(args, scale);
     }
-    if (per_row) store_row_scales(args, scale);
-
-    const F least = Ops::set1_f(-127.0f), most = Ops::set1_f(127.0f);
-    for (int64_t first = 0; first < (int64_t)gemm.steps * kStepColumns; first += kPackColumns) {
-      float columns[kPackColumns * kPanelColumns];
-      for (int c = 0; c < kPackColumns; c += 16) load_columns<Ops>(args, first + c, columns + c * 16);
+    const int64_t end = (int64_t)gemm.steps * kStepColumns;
+    for (int64_t first = 0; first < end; first += kPackColumns) {
+      alignas(64) float values[kPanelColumns][kPackColumns];
+      alignas(64) uint8_t codes[kPackColumns / kStepColumns][kPanelColumns][kStepColumns];
+      for (int n = 0; n < kPanelColumns; n++) load_row<Ops>(args, n, first, kPackColumns, values[n]);
       for (int part = 0; part < kPackColumns; part += group_columns) {
         if (!per_row && first + part < gemm.depth) {
-          typename Ops::I largest = Ops::zero_i();
-          for (int c = part; c < part + group_columns; c++) {
-            const typename Ops::I value = Ops::as_i(Ops::load_f(columns + c * 16));
-            largest = Ops::max_i(largest, Ops::and_i(value, Ops::set1_i(0x7fffffff)));
-          }
-          Ops::store_i(magnitudes, largest);
-          for (int n = 0; n < kPanelColumns; n++) scale[n] = int8_scale(magnitudes[n]).scale;
-          Ops::store_f(scale, rounded_to_bf16<Ops>(Ops::load_f(scale)));
-          for (int n = 0; n < kPanelColumns; n++) {
-            if (magnitude_bits(scale[n]) >= kInfinityBits) return 1;
-            inverse[n] = scale[n] == 0.0f ? 0.0f : 1.0f / scale[n];
-          }
-          store_group_scales(args, (first + part) / gemm.group_columns, scale);
+          float scale[kPanelColumns];
+          if (!group_scales<Ops>(values, part, group_columns, scale, inverse)) return 1;
+          store_group_scales<Ops>(args, (first + part) / group_columns, scale);
         }
-        const F by = Ops::load_f(inverse);
-        for (int c = part; c < part + group_columns; c++) {
-          const F scaled = Ops::mul(Ops::load_f(columns + c * 16), by);
-          Ops::store_f(columns + c * 16, Ops::min(most, Ops::max(least, scaled)));
+        for (int n = 0; n < kPanelColumns; n++) {
+          const F by = Ops::set1_f(inverse[n]);
+          for (int c = part; c < part + group_columns; c += 16) {
+            const F scaled = Ops::min(most, Ops::max(least, Ops::mul(Ops::load_f(values[n] + c), by)));
+            Ops::store_low_bytes(codes[c / kStepColumns][n] + c % kStepColumns,
+                                 Ops::add_i(Ops::round_i(scaled), Ops::set1_i(kZeroPoint)));
+          }
         }
       }
-      for (int c = 0; c < kPackColumns && first + c < (int64_t)gemm.steps * kStepColumns; c += 4) {
-        typename Ops::I codes[4];
-        for (int i = 0; i < 4; i++) {
-          codes[i] = Ops::add_i(Ops::round_i(Ops::load_f(columns + (c + i) * 16)), Ops::set1_i(kZeroPoint));
-        }
-        uint8_t *tile = args->tiles + (first + c) / kStepColumns * args->step_stride_bytes;
-        Ops::store_i(tile + (first + c) % kStepColumns / 4 * 64, tile_line<Ops>(codes));
+      for (int step = 0; step < kPackColumns / kStepColumns; step++) {
+        const int64_t to = first / kStepColumns + step;
+        if (to < gemm.steps) store_tile<Ops>(codes[step], args->tiles + to * args->step_stride_bytes);
       }
     }
+    finish_tiles();
     return 0;
+  }
+
+  // Scales of a group of a panel's rows, and what its weights are multiplied with; false where a weight is
+  // not finite.
+  template <class Ops>
+  KTK_INLINE bool group_scales(const float (*values)[kPackColumns], int part, int count, float *scale,
+                               float *inverse) {
+    typedef typename Ops::F F;
+    int32_t magnitudes[kPanelColumns], largest = 0;
+    for (int n = 0; n < kPanelColumns; n++) {
+      typename Ops::I most = Ops::zero_i();
+      for (int c = part; c < part + count; c += 16)
+        most = larger_magnitude<Ops>(most, Ops::as_i(Ops::load_f(values[n] + c)));
+      magnitudes[n] = Ops::reduce_max_i(most);
+      largest = magnitudes[n] > largest ? magnitudes[n] : largest;
+    }
+    if (largest >= kInfinityBits) return false;
+    const F amax = Ops::as_f(Ops::load_i(magnitudes)), zero = Ops::zero_f();
+    const F exact = Ops::where_less(amax, Ops::set1_f(float_of_bits(kNegligibleBits)), zero,
+                                    Ops::div(amax, Ops::set1_f(127.0f)));
+    const F rounded = rounded_to_bf16<Ops>(exact);
+    Ops::store_f(scale, rounded);
+    Ops::store_f(inverse, Ops::where_less(zero, rounded, Ops::div(Ops::set1_f(1.0f), rounded), zero));
+    return true;
   }
 };

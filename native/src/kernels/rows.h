@@ -49,15 +49,19 @@ KTK_INLINE void store_values(void *values, int32_t dtype, int64_t index, int64_t
   if (left < 16) __builtin_memcpy(p, tail, (uint64_t)left * 2);
 }
 
+// A running maximum of magnitudes, as the bits of fp32 values.
+template <class Ops>
+KTK_INLINE typename Ops::I larger_magnitude(typename Ops::I largest, typename Ops::I bits) {
+  return Ops::max_i(largest, Ops::and_i(bits, Ops::set1_i(0x7fffffff)));
+}
+
 // The largest magnitude among `count` values, as the bits of an fp32: as integers, magnitudes order like
 // numbers, infinity above them and NaN above infinity.
 template <class Ops>
 KTK_INLINE int32_t largest_magnitude_bits(const void *values, int32_t dtype, int64_t first, int64_t last) {
   typename Ops::I largest = Ops::zero_i();
-  const typename Ops::I magnitude = Ops::set1_i(0x7fffffff);
-  for (int64_t i = first; i < last; i += 16) {
-    largest = Ops::max_i(largest, Ops::and_i(Ops::as_i(load_values<Ops>(values, dtype, i, last)), magnitude));
-  }
+  for (int64_t i = first; i < last; i += 16)
+    largest = larger_magnitude<Ops>(largest, Ops::as_i(load_values<Ops>(values, dtype, i, last)));
   return Ops::reduce_max_i(largest);
 }
 

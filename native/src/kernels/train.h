@@ -67,12 +67,6 @@ KTK_INLINE typename Ops::F load_source(const Source &source, int index, int64_t 
   return v;
 }
 
-// Whether every lane of `largest`, a running maximum of magnitudes as integers, is finite.
-template <class Ops>
-KTK_INLINE typename Ops::I larger_magnitude(typename Ops::I largest, typename Ops::F v) {
-  return Ops::max_i(largest, Ops::and_i(Ops::as_i(v), Ops::set1_i(0x7fffffff)));
-}
-
 // ---- operands -----------------------------------------------------------------------------------------
 
 template <class Ops>
@@ -133,7 +127,7 @@ static int32_t pack_tiles(const PackTilesArgs *args) {
     uint8_t *panel = args->tiles + n / kPanelColumns * args->panel_stride_bytes + n % kPanelColumns * 4;
     for (int c = 0; c < args->source.columns; c += 16) {
       const typename Ops::F v = load_source<Ops>(args->source, row, c);
-      largest = larger_magnitude<Ops>(largest, v);
+      largest = larger_magnitude<Ops>(largest, Ops::as_i(v));
       uint16_t values[16];
       Ops::store_bf16(values, v);
       const int pairs = least(args->source.columns - c + 1, 16) / 2;
@@ -159,7 +153,7 @@ static int32_t pack_pairs(const PackPairsArgs *args) {
       const typename Ops::F even = load_source<Ops>(args->source, index, at);
       const typename Ops::F odd =
           row + 1 < args->rows ? load_source<Ops>(args->source, index + 1, at) : Ops::zero_f();
-      largest = larger_magnitude<Ops>(larger_magnitude<Ops>(largest, even), odd);
+      largest = larger_magnitude<Ops>(larger_magnitude<Ops>(largest, Ops::as_i(even)), Ops::as_i(odd));
       const int pair = (args->to_depth + row) / 2;
       const typename Ops::I words = Ops::join_bf16(even, odd);
       if (to_column % kPanelColumns == 0) {

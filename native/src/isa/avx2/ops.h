@@ -66,6 +66,10 @@ struct Avx2Ops {
   }
   KTK_INLINE F min(F a, F b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
   KTK_INLINE F max(F a, F b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+  KTK_INLINE F where_less(F a, F b, F yes, F no) {
+    return {_mm256_blendv_ps(no.low, yes.low, _mm256_cmp_ps(a.low, b.low, _CMP_LT_OQ)),
+            _mm256_blendv_ps(no.high, yes.high, _mm256_cmp_ps(a.high, b.high, _CMP_LT_OQ))};
+  }
 
   KTK_INLINE I zero_i() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
   KTK_INLINE I set1_i(int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
@@ -188,7 +192,9 @@ struct Avx2Ops {
     _mm_storeu_si128((__m128i *)p,
                      _mm_packus_epi16(_mm256_castsi256_si128(packed), _mm256_extracti128_si256(packed, 1)));
   }
-  KTK_INLINE void transpose(const float (*rows)[16], float *columns) { transpose_16x16(rows, columns); }
+  KTK_INLINE void transpose(const void *rows, void *columns) {
+    transpose_16x16((const float *)rows, (float *)columns);
+  }
   KTK_INLINE I load_u8(const uint8_t *p) {
     const __m128i bytes = _mm_loadu_si128((const __m128i *)p);
     return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};

@@ -25,9 +25,9 @@ KTK_INLINE void transpose_8x8(const float *rows, float *columns) {
   }
 }
 
-KTK_INLINE void transpose_16x16(const float (*rows)[16], float *columns) {
-  transpose_8x8(rows[0], columns);
-  transpose_8x8(rows[0] + 8, columns + 8 * 16);
-  transpose_8x8(rows[8], columns + 8);
-  transpose_8x8(rows[8] + 8, columns + 8 * 16 + 8);
+KTK_INLINE void transpose_16x16(const float *rows, float *columns) {
+  transpose_8x8(rows, columns);
+  transpose_8x8(rows + 8, columns + 8 * 16);
+  transpose_8x8(rows + 8 * 16, columns + 8);
+  transpose_8x8(rows + 8 * 16 + 8, columns + 8 * 16 + 8);
 }

@@ -52,6 +52,9 @@ struct Avx512Ops {
   KTK_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   KTK_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
   KTK_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+  KTK_INLINE F where_less(F a, F b, F yes, F no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+  }
 
   KTK_INLINE I zero_i() { return {_mm512_setzero_si512()}; }
   KTK_INLINE I set1_i(int32_t value) { return {_mm512_set1_epi32(value)}; }
@@ -129,7 +132,9 @@ struct Avx512Ops {
   KTK_INLINE void store_low_bytes(uint8_t *p, I v) {
     _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(v.v));
   }
-  KTK_INLINE void transpose(const float (*rows)[16], float *columns) { transpose_16x16(rows, columns); }
+  KTK_INLINE void transpose(const void *rows, void *columns) {
+    transpose_16x16((const float *)rows, (float *)columns);
+  }
   KTK_INLINE I load_u8(const uint8_t *p) {
     return {_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p))};
   }

@@ -56,6 +56,8 @@ struct PortableOps {
   // a < b ? a : b, so that a NaN in b passes through; max likewise.
   KTK_INLINE F min(F a, F b) { return a < b ? a : b; }
   KTK_INLINE F max(F a, F b) { return a > b ? a : b; }
+  // `yes` in the lanes where a < b, else `no`.
+  KTK_INLINE F where_less(F a, F b, F yes, F no) { return a < b ? yes : no; }
 
   KTK_INLINE I zero_i() { return I{}; }
   KTK_INLINE I set1_i(int32_t value) { return I{} + value; }
@@ -146,10 +148,13 @@ struct PortableOps {
       p[n] = (uint16_t)(sign | half);
     }
   }
-  // [16 rows][16 columns] to [16 columns][16 rows].
-  KTK_INLINE void transpose(const float (*rows)[16], float *columns) {
+  // [16 rows][16 columns] to [16 columns][16 rows], of words of 4 bytes.
+  KTK_INLINE void transpose(const void *rows, void *columns) {
     for (int column = 0; column < 16; column++) {
-      for (int row = 0; row < 16; row++) columns[column * 16 + row] = rows[row][column];
+      for (int row = 0; row < 16; row++) {
+        __builtin_memcpy((uint8_t *)columns + (column * 16 + row) * 4,
+                         (const uint8_t *)rows + (row * 16 + column) * 4, 4);
+      }
     }
   }
   // 8 rows of 8 groups of 4 bf16 [a0 a1 b0 b1]: regroups each as [a0 b0 a1 b1] and transposes the groups.
