@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -63,13 +65,14 @@ def test_sums_made_by_turns_change_no_bit(form: Format, isa: str) -> None:
     experts = _experts(rng, 3, 600, 40)
     batches = [_batch(rng, 3, 600, size, 2) for size in (60, 850)]
     expected: dict[int, list[np.ndarray]] = {}
+    options = Options(isa=isa, max_tokens=850)
     for threads in ((1,), (3,), (1, 1), (2, 3)):
-        with pool_of(*threads) as pool, NativeLayer(pool, experts, form, Options(isa=isa, max_tokens=850)) as layer:
+        with pool_of(*threads) as pool, NativeLayer(pool, experts, form, options) as layer:
             outputs = [layer.forward(*batch) for batch in batches]
         known = expected.setdefault(len(threads), outputs)
         assert all(same_bits(output, other) for output, other in zip(outputs, known, strict=True))
     if form.integer:
-        options = Options(isa="portable", max_tokens=850)
+        options = dataclasses.replace(options, isa="portable")
         with pool_of(1) as pool, NativeLayer(pool, experts, form, options) as layer:
             for batch, output in zip(batches, expected[1], strict=True):
                 assert same_bits(layer.forward(*batch), output)
