@@ -201,6 +201,7 @@ NOT_RUN: dict[tuple[str, ...], Callable[[list[str]], None]] = {
     ("ktk", "bench"): check_ktk,
     ("python", "tests/bench/peers.py"): check_script("tests/bench/peers.py"),
     ("python", "tests/bench/sft.py"): check_script("tests/bench/sft.py"),
+    ("python", "tests/bench/sft_kt.py"): check_script("tests/bench/sft_kt.py"),
     ("python", "tests/bench/sft_peft.py"): check_script("tests/bench/sft_peft.py"),
     # A test of its own runs the demo.
     ("ktk", "demo"): check_ktk,

@@ -442,13 +442,13 @@ class Failed(Exception):
 
 
 class Side:
-    """A worker process, stopped except while it answers."""
+    """A worker process, stopped except while it answers: `program` with --worker JOB --answers DESCRIPTOR."""
 
-    def __init__(self, job: dict[str, Any], timeout_s: float) -> None:
+    def __init__(self, job: dict[str, Any], timeout_s: float, program: str = __file__) -> None:
         self.timeout_s = timeout_s
         reading, writing = os.pipe()
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", json.dumps(job), "--answers", str(writing)],
+            [sys.executable, program, "--worker", json.dumps(job), "--answers", str(writing)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -118,17 +118,22 @@ class Layer:
         if rank == 0:
             return self.plain, {}
         made = TrainableExperts(self.experts, lora_rank=rank, lora_alpha=2.0 * rank)
-        generator = torch.Generator().manual_seed(rank)
-        lora = {
-            name: (torch.randn(sizes, generator=generator) * sizes[-1] ** -0.5).bfloat16()
-            for name, sizes in made.lora_shapes().items()
-        }
+        lora = gaussian_adapters(made.lora_shapes(), rank)
         made.set_lora(lora)
         return made, lora
 
     def close(self) -> None:
         self.plain.close()
         self.experts.close()
+
+
+def gaussian_adapters(shapes: Mapping[str, tuple[int, ...]], rank: int) -> dict[str, torch.Tensor]:
+    """Adapters whose products are as large as their inputs, in bfloat16."""
+    generator = torch.Generator().manual_seed(rank)
+    return {
+        name: (torch.randn(sizes, generator=generator) * sizes[-1] ** -0.5).bfloat16()
+        for name, sizes in shapes.items()
+    }
 
 
 def eager(
