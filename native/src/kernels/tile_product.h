@@ -325,8 +325,12 @@ static void tile_segments(const Product &p, TileState &state, const TileSteps &k
       if constexpr (MT == 2) KTK_TILE_ZERO(file, 2);
       if constexpr (MT == 2 && NT == 2) KTK_TILE_ZERO(file, 3);
       for (int step = first; step < stop; step++) {
-        for (int j = 0; j < NT && far; j++)
-          prefetch_far(columns[j].data + (k.count + step) * columns[j].step_stride_bytes);
+        for (int j = 0; j < NT; j++) {
+          // The first rows that meet weights wait for them.
+          if (!Format::kExpands && place.first_row == 0)
+            prefetch_near(columns[j].data + (step + 2) * columns[j].step_stride_bytes);
+          if (far) prefetch_far(columns[j].data + (k.count + step) * columns[j].step_stride_bytes);
+        }
         fetch_rows(ahead, step, share, shares);
         KTK_LOAD_WEIGHTS(5, 0);
         if constexpr (NT == 2) KTK_LOAD_WEIGHTS(7, NT - 1);
