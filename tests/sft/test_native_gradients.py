@@ -113,11 +113,13 @@ def test_more_rows_than_one_pass_and_one_block(form: Format) -> None:
 @pytest.mark.parametrize("threads", [(3,), (1, 2)], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_sums_made_by_turns(threads: tuple[int, ...], dropout: float, isa: str) -> None:
-    """With many rows an expert, workers add to the same gradients of the input, in runs of 256 columns."""
+    """With many rows an expert, workers add to the same gradients of the input, in runs of 256 columns, and
+    gate and up are computed 256 neurons at a time."""
     case = Case(
         isa=isa, hidden=600, intermediate=40, experts=3, top_k=2, batch=60, threads=threads, dropout=dropout
     )
     check(case)
+    check(dataclasses.replace(case, hidden=80, intermediate=300))
 
 
 @pytest.mark.parametrize("shards", [1, 3])
