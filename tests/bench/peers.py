@@ -389,49 +389,70 @@ class PeerSide:
         return {}
 
 
-def serve(job: dict[str, Any], answers: IO[str]) -> None:
-    """Build one side, then answer requests until there are no more."""
+def answer_requests(
+    build: Callable[[], Any],
+    about: Callable[[Any], dict[str, Any]],
+    do: Callable[[Any, dict[str, Any]], Any],
+    answers: IO[str],
+) -> None:
+    """Build one side and tell about it, then answer what standard input asks until there is no more."""
 
-    def answer(**values: Any) -> None:
+    def answer(values: dict[str, Any]) -> None:
         answers.write(json.dumps(values) + "\n")
         answers.flush()
 
+    def attempt(call: Callable[[], dict[str, Any]]) -> bool:
+        try:
+            answer(call())
+        except Exception as error:  # noqa: BLE001 - whatever a peer raises belongs in the report
+            answer({"failed": f"{type(error).__name__}: {error}"[:300]})
+            return False
+        return True
+
+    sides: list[Any] = []
+
+    def begin() -> dict[str, Any]:
+        sides.append(build())
+        return about(sides[0])
+
+    if attempt(begin):
+        for line in sys.stdin:
+            attempt(lambda: do(sides[0], json.loads(line)))  # noqa: B023 - called at once
+
+
+def serve(job: dict[str, Any], answers: IO[str]) -> None:
+    """A side of a comparison of forwards."""
     torch.set_num_threads(job["torch_threads"])
     torch.set_grad_enabled(False)
     shape = Shape(*job["shape"])
-    try:
-        side = (PeerSide if job["peer"] else KtkSide)(job, shape)
-        answer(note=side.note, **side.about())
-    except Exception as error:  # noqa: BLE001 - whatever a peer raises belongs in the report
-        answer(failed=f"{type(error).__name__}: {error}"[:300])
-        return
     batches: dict[int, Batch] = {}
     calls = 0
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            if request["do"] == "error":
-                batch = Batch(shape, min(ERROR_TOKENS, job["max_tokens"]))
-                side.run(batch, 0)
-                exact = reference(shape, GaussianWeights(shape), batch)
-                answer(relative_l2=figures.relative_l2(batch.output, exact))
-                continue
-            if request["do"] == "rates":
-                answer(**side.rates())
-                continue
-            tokens = request["tokens"]
-            if tokens not in batches:
-                batches = {tokens: Batch(shape, tokens)}
-            batch, distinct = batches[tokens], 0
-            began = time.perf_counter()
-            for _ in range(request["calls"]):
-                side.run(batch, calls)
-                distinct += batch.distinct_experts(calls)
-                calls += 1
-            seconds = time.perf_counter() - began
-            answer(seconds=seconds / request["calls"], distinct=distinct / request["calls"])
-        except Exception as error:  # noqa: BLE001 - as above
-            answer(failed=f"{type(error).__name__}: {error}"[:300])
+
+    def do(side: KtkSide | PeerSide, request: dict[str, Any]) -> dict[str, Any]:
+        nonlocal batches, calls
+        if request["do"] == "error":
+            batch = Batch(shape, min(ERROR_TOKENS, job["max_tokens"]))
+            side.run(batch, 0)
+            exact = reference(shape, GaussianWeights(shape), batch)
+            return {"relative_l2": figures.relative_l2(batch.output, exact)}
+        if request["do"] == "rates":
+            return side.rates()
+        tokens = request["tokens"]
+        if tokens not in batches:
+            batches = {tokens: Batch(shape, tokens)}
+        batch, distinct = batches[tokens], 0
+        began = time.perf_counter()
+        for _ in range(request["calls"]):
+            side.run(batch, calls)
+            distinct += batch.distinct_experts(calls)
+            calls += 1
+        seconds = time.perf_counter() - began
+        return {"seconds": seconds / request["calls"], "distinct": distinct / request["calls"]}
+
+    def build() -> KtkSide | PeerSide:
+        return (PeerSide if job["peer"] else KtkSide)(job, shape)
+
+    answer_requests(build, lambda side: {"note": side.note, **side.about()}, do, answers)
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -617,37 +638,48 @@ def flatten(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return cells
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    cpus = len(os.sched_getaffinity(0))
-    parser.add_argument("--shapes", default="qwen3,dsv3,mixtral,awkward")
-    parser.add_argument("--batches", default="1,4,16,64,256,1024,4096")
-    parser.add_argument("--peers", default=",".join(PEERS))
-    parser.add_argument("--experts", type=int, default=32, help="most experts of a layer (default 32)")
-    parser.add_argument("--threads", type=int, default=cpus)
+def add_side_options(parser: argparse.ArgumentParser, rounds: int, timeout_s: float) -> None:
+    """Options of every comparison by turns."""
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--kt-threads", type=int, help="default: --threads, one CPU left free")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cell-s", type=float, default=0.5, help="seconds of forwards a side and cell")
-    parser.add_argument("--max-call-s", type=float, default=10.0, help="leave out longer forwards")
-    parser.add_argument("--footprint-gb", type=float, help="default: 8 times the last-level cache")
-    parser.add_argument("--timeout-s", type=float, default=300.0, help="for one answer of a side")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--timeout-s", type=float, default=timeout_s, help="for one answer of a side")
     parser.add_argument("--site", help="folder with the peers, put in front of the path")
-    parser.add_argument("--output", help="JSON file, written anew after each peer")
+    parser.add_argument("--output", help="JSON file, written anew after each comparison")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--answers", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+
+
+def is_side(args: argparse.Namespace, serve: Callable[[dict[str, Any], IO[str]], None]) -> bool:
+    """Serve and return True in the process of a side; else complete the options for the one that asks."""
     if args.worker:
         with os.fdopen(args.answers, "w") as answers:
             serve(json.loads(args.worker), answers)
-        return 0
+        return True
     if args.site:
         os.environ["PYTHONPATH"] = os.pathsep.join(
             [os.path.abspath(args.site), *filter(None, [os.environ.get("PYTHONPATH")])]
         )
     if args.kt_threads is None:
-        args.kt_threads = max(1, min(args.threads, cpus - 1))
+        args.kt_threads = max(1, min(args.threads, len(os.sched_getaffinity(0)) - 1))
+    return False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", default="qwen3,dsv3,mixtral,awkward")
+    parser.add_argument("--batches", default="1,4,16,64,256,1024,4096")
+    parser.add_argument("--peers", default=",".join(PEERS))
+    parser.add_argument("--experts", type=int, default=32, help="most experts of a layer (default 32)")
+    parser.add_argument("--cell-s", type=float, default=0.5, help="seconds of forwards a side and cell")
+    parser.add_argument("--max-call-s", type=float, default=10.0, help="leave out longer forwards")
+    parser.add_argument("--footprint-gb", type=float, help="default: 8 times the last-level cache")
+    add_side_options(parser, rounds=5, timeout_s=300.0)
+    args = parser.parse_args()
+    if is_side(args, serve):
+        return 0
     shapes = [shape.fitting(args.experts) for shape in parse_shapes(args.shapes)]
     batches = sorted(parse_batches(args.batches))
     names = args.peers.split(",")

@@ -15,7 +15,6 @@ its wheel, unpacked, in FOLDER. Its pool gets one thread less than there are CPU
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -23,7 +22,7 @@ from dataclasses import asdict, replace
 from typing import IO, Any
 
 import torch
-from peers import Failed, Side
+from peers import Failed, Side, add_side_options, answer_requests, is_side
 
 from ktk.bench.cases import GaussianWeights, Shape, parse_batches, parse_formats, parse_shapes, routes
 from ktk.bench.figures import relative_l2, spread
@@ -164,35 +163,26 @@ def errors(side: KtkSide | KtSide, shape: Shape, rank: int) -> dict[str, float]:
 
 
 def serve(job: dict[str, Any], answers: IO[str]) -> None:
-    """Build one side, then answer requests until there are no more."""
-
-    def answer(**values: Any) -> None:
-        answers.write(json.dumps(values) + "\n")
-        answers.flush()
-
+    """A side of a comparison of steps."""
     torch.set_num_threads(job["torch_threads"])
     torch.set_grad_enabled(False)
     shape = Shape(*job["shape"])
-    try:
-        side = (KtSide if job["peer"] else KtkSide)(job, shape)
-        answer(note=side.note)
-    except Exception as error:  # noqa: BLE001 - whatever a peer raises belongs in the report
-        answer(failed=f"{type(error).__name__}: {error}"[:300])
-        return
     steps: dict[int, Step] = {}
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            if request["do"] == "errors":
-                answer(**errors(side, shape, job["rank"]))
-                continue
-            tokens = request["tokens"]
-            if tokens not in steps:
-                steps = {tokens: Step(shape, tokens)}
-            forward, backward = side.run(steps[tokens])
-            answer(forward=forward, backward=backward)
-        except Exception as error:  # noqa: BLE001 - as above
-            answer(failed=f"{type(error).__name__}: {error}"[:300])
+
+    def do(side: KtkSide | KtSide, request: dict[str, Any]) -> dict[str, float]:
+        nonlocal steps
+        if request["do"] == "errors":
+            return errors(side, shape, job["rank"])
+        tokens = request["tokens"]
+        if tokens not in steps:
+            steps = {tokens: Step(shape, tokens)}
+        forward, backward = side.run(steps[tokens])
+        return {"forward": forward, "backward": backward}
+
+    def build() -> KtkSide | KtSide:
+        return (KtSide if job["peer"] else KtkSide)(job, shape)
+
+    answer_requests(build, lambda side: {"note": side.note}, do, answers)
 
 
 def compare(
@@ -245,32 +235,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    cpus = len(os.sched_getaffinity(0))
     parser.add_argument("--shapes", default="qwen3,dsv3")
     parser.add_argument("--tokens", default="512,4096")
     parser.add_argument("--ranks", default="8")
     parser.add_argument("--peers", default=",".join(PEERS))
     parser.add_argument("--experts", type=int, help="of each layer; default: 128 of qwen3, 16 of dsv3")
-    parser.add_argument("--threads", type=int, default=cpus)
-    parser.add_argument("--kt-threads", type=int, help="default: --threads, one CPU left free")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-errors", dest="errors", action="store_false")
-    parser.add_argument("--timeout-s", type=float, default=120.0, help="for one answer of a side")
-    parser.add_argument("--site", help="folder with kt_kernel, put in front of the path")
-    parser.add_argument("--output", help="JSON file, written anew after each layer")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--answers", type=int, help=argparse.SUPPRESS)
+    add_side_options(parser, rounds=5, timeout_s=120.0)
     args = parser.parse_args()
-    if args.worker:
-        with os.fdopen(args.answers, "w") as answers:
-            serve(json.loads(args.worker), answers)
+    if is_side(args, serve):
         return 0
-    if args.site:
-        os.environ["PYTHONPATH"] = os.pathsep.join(
-            [os.path.abspath(args.site), *filter(None, [os.environ.get("PYTHONPATH")])]
-        )
-    if args.kt_threads is None:
-        args.kt_threads = max(1, min(args.threads, cpus - 1))
     names = args.peers.split(",")
     if unknown := [name for name in names if name not in PEERS]:
         parser.error(f"unknown peer {unknown[0]!r}; known: {', '.join(PEERS)}")
