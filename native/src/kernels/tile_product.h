@@ -60,7 +60,7 @@ struct TileState {
   [[maybe_unused]] TileFile file;
   uint64_t shape = 0;  // what the registers are configured for
   // Operands of one block of K, where weights are not stored as such: [tile][step].
-  alignas(64) uint8_t expanded[kMostPanels * kTileBlockSteps][1024];
+  uint8_t (*expanded)[1024] = nullptr;
   alignas(64) int32_t sums[2][2][4][kSumTileFloats];  // [lot][segment][block and tile]
   SegmentRows segment_rows[2 * kTileBlockSteps];
   int first_segment;  // of segment_rows
@@ -493,7 +493,10 @@ KTK_INLINE void scale_sums(const Product &p, int tile_count, int row, int rows, 
 template <class Ops, class Format>
 static void tile_product(const Product &p, int tile_count, int first, int last, float *out) {
   const Gemm &gemm = *p.gemm;
+  constexpr int kExpandedTiles = Format::kExpands ? kMostPanels * kTileBlockSteps : 1;
+  alignas(64) uint8_t expanded[kExpandedTiles][1024];
   TileState state;
+  state.expanded = expanded;
   KTK_TILE_FENCE();
   const int row_blocks = (last - first + kBlockRows - 1) / kBlockRows;
   const auto panel_at = [&](int block) {
