@@ -174,11 +174,11 @@ def check_pip(arguments: list[str]) -> None:
     assert arguments[0] == "install" and arguments[-1].startswith(".")
 
 
-def check_script(path: str) -> Callable[[list[str]], None]:
-    """The script knows the options."""
+def check_script(*paths: str) -> Callable[[list[str]], None]:
+    """The script, or one whose options it takes over, knows the options."""
 
     def check(arguments: list[str]) -> None:
-        known = (ROOT / path).read_text(encoding="utf-8")
+        known = "".join((ROOT / path).read_text(encoding="utf-8") for path in paths)
         assert all(f'"{argument}"' in known for argument in arguments if argument.startswith("--"))
 
     return check
@@ -201,7 +201,7 @@ NOT_RUN: dict[tuple[str, ...], Callable[[list[str]], None]] = {
     ("ktk", "bench"): check_ktk,
     ("python", "tests/bench/peers.py"): check_script("tests/bench/peers.py"),
     ("python", "tests/bench/sft.py"): check_script("tests/bench/sft.py"),
-    ("python", "tests/bench/sft_kt.py"): check_script("tests/bench/sft_kt.py"),
+    ("python", "tests/bench/sft_kt.py"): check_script("tests/bench/sft_kt.py", "tests/bench/peers.py"),
     ("python", "tests/bench/sft_peft.py"): check_script("tests/bench/sft_peft.py"),
     # A test of its own runs the demo.
     ("ktk", "demo"): check_ktk,
