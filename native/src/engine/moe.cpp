@@ -16,8 +16,7 @@ constexpr int32_t kMostColumns = 65536;  // an int32 holds that many products of
 constexpr int64_t kTokensOfUnit = 8;     // quantised by one unit of work
 constexpr int64_t kUnitsOfThread = 8;    // wanted of gate and up
 constexpr int32_t kLeastUnitColumns = 32;
-constexpr int64_t kRowsOfWideUnits =
-    256;  // of an expert, up to which they are loaded for 512 columns at once
+constexpr int64_t kRowsOfWideUnits = 256;  // of an expert, at most; each is loaded for 512 columns at once
 // Below this much copying, waking the workers costs more than it saves.
 constexpr int64_t kInlineUnits = 1;
 constexpr int64_t kInlineBlocks = 4;
@@ -346,7 +345,7 @@ void Moe::gate_up(Batch &batch) const {
   }
 }
 
-// An expert's part in one run of columns: rows of a block on, all of them.
+// An expert's part in one run of columns, all of its rows; scratch and sums are left to the caller.
 DownArgs Moe::down_args(const Batch &batch, int s, const Route::Expert &expert, int64_t first_panel,
                         int64_t last_panel, LoraProduct &lora) const {
   const ExpertStore::Shard &shard = store_.shard(s);
