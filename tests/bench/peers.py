@@ -35,7 +35,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -665,6 +665,22 @@ def is_side(args: argparse.Namespace, serve: Callable[[dict[str, Any], IO[str]],
     return False
 
 
+def begin_report(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, known: Collection[str], schema: str
+) -> tuple[list[str], dict[str, Any]]:
+    """The peers to compare with, and what every report begins with; an error for a peer that is not known."""
+    names = args.peers.split(",")
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"unknown peer {unknown[0]!r}; known: {', '.join(known)}")
+    report: dict[str, Any] = {
+        "schema": schema,
+        "threads": args.threads,
+        "kt_threads": args.kt_threads,
+        "load_average": {"before": list(os.getloadavg())},
+    }
+    return names, report
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -682,16 +698,8 @@ def main() -> int:
         return 0
     shapes = [shape.fitting(args.experts) for shape in parse_shapes(args.shapes)]
     batches = sorted(parse_batches(args.batches))
-    names = args.peers.split(",")
-    if unknown := [name for name in names if name not in PEERS]:
-        parser.error(f"unknown peer {unknown[0]!r}; known: {', '.join(PEERS)}")
+    names, report = begin_report(parser, args, PEERS, PEERS_SCHEMA)
     entries: list[dict[str, Any]] = []
-    report: dict[str, Any] = {
-        "schema": PEERS_SCHEMA,
-        "threads": args.threads,
-        "kt_threads": args.kt_threads,
-        "load_average": {"before": list(os.getloadavg())},
-    }
     for shape in shapes:
         for name in names:
             entry = compare(name, shape, args, batches, lambda what: print(what, file=sys.stderr, flush=True))

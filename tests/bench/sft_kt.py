@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from typing import IO, Any
 
 import torch
-from peers import Failed, Side, add_side_options, answer_requests, is_side
+from peers import Failed, Side, add_side_options, answer_requests, begin_report, is_side
 
 from ktk.bench.cases import GaussianWeights, Shape, parse_batches, parse_formats, parse_shapes, routes
 from ktk.bench.figures import relative_l2, spread
@@ -245,17 +245,9 @@ def main() -> int:
     args = parser.parse_args()
     if is_side(args, serve):
         return 0
-    names = args.peers.split(",")
-    if unknown := [name for name in names if name not in PEERS]:
-        parser.error(f"unknown peer {unknown[0]!r}; known: {', '.join(PEERS)}")
+    names, report = begin_report(parser, args, PEERS, SCHEMA)
     batches = sorted(parse_batches(args.tokens, "number of tokens"))
-    report: dict[str, Any] = {
-        "schema": SCHEMA,
-        "threads": args.threads,
-        "kt_threads": args.kt_threads,
-        "load_average": {"before": list(os.getloadavg())},
-        "layers": [],
-    }
+    report["layers"] = []
     for named in parse_shapes(args.shapes):
         count = args.experts or EXPERTS.get(named.name, named.num_experts)
         shape = replace(named, num_experts=max(min(named.num_experts, count), named.top_k))

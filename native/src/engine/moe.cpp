@@ -220,13 +220,6 @@ void Moe::quantise(Batch &batch) const {
                                static_cast<int32_t>(std::min(first + kTokensOfUnit, batch.tokens)),
                                batch.by_token};
     kernels_.quantise(&args);
-    if (!batch.shared_sums) return;
-    const int64_t row_bytes = align_up(config_.hidden_size, kPanelColumns) * int64_t{sizeof(float)};
-    for (const Batch::Shard &placed : batch.shards) {
-      if (placed.partial == nullptr) continue;
-      std::memset(reinterpret_cast<uint8_t *>(placed.partial) + args.first * row_bytes, 0,
-                  static_cast<size_t>((args.last - args.first) * row_bytes));
-    }
   });
 }
 
@@ -438,12 +431,16 @@ void Moe::down_by_turns(Batch &batch) const {
     for (int32_t row = 0; row < expert.rows; row += rows)
       pieces.push_back({&expert, row, std::min(row + rows, expert.rows)});
   }
+  const SpanLabel label{Stage::down, config_.layer_index};
   std::vector<int64_t> units;
   std::vector<Turns> turns;
+  std::vector<float *> sums;
   for (int s = 0; s < store_.shard_count(); s++) {
     units.push_back(store_.shard(s).empty() ? 0 : static_cast<int64_t>(pieces.size()) * runs);
     turns.emplace_back(runs);
+    sums.push_back(batch.shards[static_cast<size_t>(s)].partial);
   }
+  run_zeroing(context_->pool, label, sums, batch.tokens, panels * kPanelColumns);
   const auto unit = [&](int s, int worker, int64_t index) {
     const Batch::Shard &placed = batch.shards[static_cast<size_t>(s)];
     const Piece &piece = pieces[static_cast<size_t>(index / runs)];
@@ -463,7 +460,7 @@ void Moe::down_by_turns(Batch &batch) const {
     kernels_.down(&args);
     Turns::done(turn);
   };
-  run_in_order(context_->pool, {Stage::down, config_.layer_index}, units.data(), unit);
+  run_in_order(context_->pool, label, units.data(), unit);
 }
 
 // Sums of the shards, or those that the workers share, into the output.

@@ -3,8 +3,10 @@
 
 #include <xmmintrin.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "runtime/worker_pool.h"
@@ -88,6 +90,19 @@ void run_spread(WorkerPool &pool, const SpanLabel &label, int64_t units, int64_t
     return;
   }
   run_dealt(pool, label, units, [&](int, int, int64_t index) { unit(index); });
+}
+
+// Zeroes sums that workers will add to: [tokens][row_floats] of each part that is there.
+inline void run_zeroing(WorkerPool &pool, const SpanLabel &label, const std::vector<float *> &parts,
+                        int64_t tokens, int64_t row_floats) {
+  constexpr int64_t kTokens = 8;  // of a unit
+  run_spread(pool, label, (tokens + kTokens - 1) / kTokens, 0, [&](int64_t unit) {
+    const int64_t first = unit * kTokens, count = std::min(kTokens, tokens - first);
+    for (float *part : parts) {
+      if (part != nullptr)
+        std::memset(part + first * row_floats, 0, static_cast<size_t>(count * row_floats) * sizeof(float));
+    }
+  });
 }
 
 }  // namespace ktk

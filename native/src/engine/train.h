@@ -79,7 +79,6 @@ class Training {
   void grad_adapter_input(Run &run) const;
   void grad_down(Run &run) const;
   void grad_adapter_middle(Run &run) const;
-  void zero_sums(Run &run) const;
   void add_grad_gate_up(Run &run, int s, int index, int32_t e, int32_t column, int32_t columns, float *sum,
                         int64_t sum_stride, const Turns::Turn *turn) const;
   void grad_gate_up(Run &run) const;

@@ -29,27 +29,12 @@ const float *row_scales(const ExpertStore &store, const FormatKernels &kernels, 
 
 }  // namespace
 
-void Training::zero_sums(Run &run) const {
-  const int64_t row = align_up(moe_.config().hidden_size, kPanelColumns);
-  run_spread(moe_.context_->pool, {Stage::grad_input, moe_.config().layer_index},
-             divide_up(run.tokens, kTokensOfUnit), 0, [&](int64_t which) {
-               const int64_t first = which * kTokensOfUnit;
-               const int64_t count = std::min(kTokensOfUnit, run.tokens - first);
-               for (const Run::Shard &part : run.shards) {
-                 if (part.partial != nullptr)
-                   std::memset(part.partial + first * row, 0,
-                               static_cast<size_t>(count * row) * sizeof(float));
-               }
-             });
-}
-
 // dO, a row for each row of an expert, times the scales of down's output rows where a row has one.
 void Training::gather_grad(Run &run) const {
   const ktk_moe_config &config = moe_.config();
   const TrainKernels &kernels = moe_.backend().train;
   const int64_t hidden = config.hidden_size;
   std::fill_n(run.ones, run.rows, 1.0f);
-  if (run.shared_sums) zero_sums(run);
   const auto unit = [&](int s, int index, int64_t which) {
     const Run::Chunk chunk = run.chunks[static_cast<size_t>(which)];
     const Route::Expert &expert = run.expert(chunk.expert);
@@ -279,7 +264,12 @@ void Training::grad_gate_up(Run &run) const {
   const SpanLabel label{Stage::grad_gate_up, config.layer_index};
   if (run.shared_sums) {
     std::vector<Turns> turns;
-    for (size_t s = 0; s < run.shards.size(); s++) turns.emplace_back(runs);
+    std::vector<float *> sums;
+    for (const Run::Shard &part : run.shards) {
+      turns.emplace_back(runs);
+      sums.push_back(part.partial);
+    }
+    run_zeroing(moe_.context_->pool, label, sums, run.tokens, padded);
     const auto unit = [&](int s, int index, int64_t which) {
       const auto column = static_cast<int32_t>(which % runs * run.token_columns);
       const auto columns = static_cast<int32_t>(std::min<int64_t>(run.token_columns, hidden - column));

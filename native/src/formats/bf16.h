@@ -47,11 +47,7 @@ struct Bf16 {
       const int64_t first = step * kStepColumns;
       const bool as_it_is = args->dtype == KTK_DTYPE_BF16 && first + kStepColumns <= gemm.depth;
       for (int n = 0; n < kPanelColumns; n++) {
-        if (args->rows[n] == nullptr) {
-          __builtin_memset(values[n], 0, kStepBytes);
-          continue;
-        }
-        if (as_it_is) {
+        if (as_it_is && args->rows[n] != nullptr) {
           const uint16_t *from = (const uint16_t *)args->rows[n] + args->first_column + first;
           const typename Ops::I pairs = Ops::load_i(from);
           __builtin_prefetch(from + kPackAheadBytes / 2, 0, 0);
@@ -60,12 +56,10 @@ struct Bf16 {
           Ops::store_i(values[n], pairs);
           continue;
         }
+        float row[kStepColumns];
+        load_row<Ops>(args, n, first, kStepColumns, row);
         for (int c = 0; c < kStepColumns; c += 16) {
-          const int64_t last = args->first_column + gemm.depth;
-          const typename Ops::F v =
-              first + c < gemm.depth
-                  ? load_values<Ops>(args->rows[n], args->dtype, args->first_column + first + c, last)
-                  : Ops::zero_f();
+          const typename Ops::F v = Ops::load_f(row + c);
           largest = larger_magnitude<Ops>(largest, Ops::as_i(v));
           Ops::store_bf16(values[n] + c, v);
         }
