@@ -33,26 +33,37 @@ class FormatInfo:
         Allowed input columns of a group. 0 stands for one scale a row, or for no scales at all in bf16.
     default_group_size : int
         Used where the caller names none.
+    rotates : bool
+        Whether columns may be rotated before they are quantised, which layers do unless told otherwise.
     """
 
     name: str
     code: int
     group_sizes: tuple[int, ...]
     default_group_size: int
+    rotates: bool
 
 
 # int4 defaults to groups of 32: one outlier then costs the accuracy of 32 weights and not of a whole row,
 # which is what makes per-row int4 lose so much, and multipliers and offsets add half a bit to each weight.
-# For int8, groups of 128 cost an eighth of a bit and bring the error of a layer below 0.02. fp8 has the
-# blocks of 128 that checkpoints come with.
+# For int8, a rotation spreads what is large, so that groups of 512 bring the error of a layer below 0.02, and
+# sums need a scale only every 512 columns. fp8 has the blocks of 128 that checkpoints come with.
 FORMATS: Mapping[str, FormatInfo] = MappingProxyType(
     {
         info.name: info
         for info in (
-            FormatInfo(name="bf16", code=0, group_sizes=(0,), default_group_size=0),
-            FormatInfo(name="int8", code=1, group_sizes=(0, 32, 64, 128), default_group_size=128),
-            FormatInfo(name="int4", code=2, group_sizes=(0, 32, 64, 128), default_group_size=32),
-            FormatInfo(name="fp8", code=3, group_sizes=(128,), default_group_size=128),
+            FormatInfo(name="bf16", code=0, group_sizes=(0,), default_group_size=0, rotates=False),
+            FormatInfo(
+                name="int8",
+                code=1,
+                group_sizes=(0, 32, 64, 128, 256, 512),
+                default_group_size=512,
+                rotates=True,
+            ),
+            FormatInfo(
+                name="int4", code=2, group_sizes=(0, 32, 64, 128), default_group_size=32, rotates=True
+            ),
+            FormatInfo(name="fp8", code=3, group_sizes=(128,), default_group_size=128, rotates=False),
         )
     }
 )
@@ -73,6 +84,12 @@ set."""
 
 METHOD_GROUP_SIZES: Mapping[str, int] = MappingProxyType({"MOE_INT4": 0, "MOE_INT8": 0})
 """Group size of the methods that do not have the default one of their format."""
+
+INTERMEDIATE_GROUP = 128
+"""Columns of the intermediate that share a scale in int8 and int4. NUMA shards are cut between groups."""
+
+ROTATED_INTERMEDIATE_GROUP = 256
+"""The same where columns are rotated."""
 
 _BF16_FIRST = "its checkpoints are not read; convert the experts to bfloat16 first"
 _METHODS_ELSEWHERE: Mapping[str, str] = MappingProxyType(
@@ -185,8 +202,13 @@ class LayerConfig:
     format : str, default "int4"
         A key of `FORMATS`.
     group_size : int, optional
-        Input columns of a group: 32, 64 or 128, or 0 for one scale a row and no groups. Default: 32 for int4,
-        128 for int8. fp8: 128. bf16: 0.
+        Input columns of a group: 32, 64 or 128, in int8 also 256 or 512, or 0 for one scale a row and no
+        groups. Default: 32 for int4, 512 for int8. fp8: 128. bf16: 0. Groups of the down projection are no
+        wider than `intermediate_group`.
+    rotated : bool, optional
+        int8, int4: whether columns of weights and activations are multiplied with an orthonormal Hadamard
+        matrix, 64 at a time, before they are quantised, which spreads outliers. Default: True for these, and
+        False, the only value, for bf16 and fp8.
     swiglu_limit : float, default 0.0
         If positive, gate is cut to at most this and up to within plus or minus this before the activation.
     swiglu_alpha : float, default 0.0
@@ -214,6 +236,7 @@ class LayerConfig:
     intermediate_size: int
     format: str = "int4"
     group_size: int | None = None
+    rotated: bool | None = None
     swiglu_limit: float = 0.0
     swiglu_alpha: float = 0.0
     max_tokens: int = 4096
@@ -246,6 +269,15 @@ class LayerConfig:
             raise KtkArgumentError(
                 f"group_size of format {info.name} must be one of {allowed}, got {group_size}"
             )
+        values["rotated"] = info.rotates if self.rotated is None else self.rotated
+        if not isinstance(values["rotated"], bool):
+            raise TypeError(f"rotated must be a bool or None, got {type(self.rotated).__name__}")
+        if values["rotated"] and not info.rotates:
+            rotating = ", ".join(other.name for other in FORMATS.values() if other.rotates)
+            raise KtkArgumentError(
+                f"rotated must be False or None in format {info.name}, whose columns are never rotated, got "
+                f"True; formats that rotate: {rotating}"
+            )
         values["strict"] = bool(self.strict)
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -260,3 +292,21 @@ class LayerConfig:
         """`group_size` as an int (never None once constructed)."""
         assert self.group_size is not None
         return self.group_size
+
+    @property
+    def rotates(self) -> bool:
+        """`rotated` as a bool (never None once constructed)."""
+        assert self.rotated is not None
+        return self.rotated
+
+    @property
+    def intermediate_group(self) -> int:
+        """Columns of the intermediate that share a scale where it is quantised, and that NUMA shards hold in
+        one piece: 256 if `rotated`, else 128."""
+        return ROTATED_INTERMEDIATE_GROUP if self.rotated else INTERMEDIATE_GROUP
+
+    @property
+    def down_groups(self) -> int:
+        """Group size of the down projection: `group_size`, but at most `intermediate_group` columns; 0 as
+        there."""
+        return min(self.groups, self.intermediate_group)

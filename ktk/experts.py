@@ -18,8 +18,8 @@ from ktk.config import MAX_INT32, METHOD_GROUP_SIZES, LayerConfig, checked_int, 
 from ktk.errors import KtkArgumentError, KtkStateError
 from ktk.layer import Experts, checked_mask
 from ktk.runtime import CPUInfer
-from ktk.weights.kt_kernel import stored_group_size
 from ktk.weights.packed import find_packed, packed_path
+from ktk.weights.stored import complete_layout
 
 __all__ = ["AMXMoEWrapper", "BaseMoEWrapper", "Experts", "KTMoEWrapper", "generate_gpu_experts_masks"]
 
@@ -554,8 +554,11 @@ class KTMoEWrapper:
     swiglu_limit, swiglu_alpha : float, default 0.0
         Activation, see `ktk.config.LayerConfig`.
     group_size : int, optional
-        See `ktk.config.LayerConfig`; 0 with AMXINT4 is one scale a row. Default, if `weight_path` has weights
-        of kt-kernel in the format of `method`: what holds them as they are.
+        See `ktk.config.LayerConfig`; 0 with AMXINT4 is one scale a row. Default, if `weight_path` has packed
+        weights of this layer in the format of `method`, or weights of kt-kernel: what holds them as they are.
+    rotated : bool, optional
+        See `ktk.config.LayerConfig`. Default, if `weight_path` has such weights: as they are, which is False
+        for those of kt-kernel.
     strict, isa
         See `ktk.config.LayerConfig`.
     cpu_infer : CPUInfer, optional
@@ -597,6 +600,7 @@ class KTMoEWrapper:
         swiglu_alpha: float = 0.0,
         *,
         group_size: int | None = None,
+        rotated: bool | None = None,
         strict: bool = False,
         isa: str | None = None,
         cpu_infer: CPUInfer | None = None,
@@ -629,6 +633,7 @@ class KTMoEWrapper:
                 lora_dropout=lora_dropout,
                 max_cache_depth=max_cache_depth,
                 group_size=group_size,
+                rotated=rotated,
                 full_weight_grad=full_weight_grad,
                 swiglu_limit=swiglu_limit,
                 swiglu_alpha=swiglu_alpha,
@@ -640,8 +645,7 @@ class KTMoEWrapper:
         weight_format = format_of_method(method)
         if group_size is None:
             group_size = METHOD_GROUP_SIZES.get(method)
-        if group_size is None:
-            group_size = stored_group_size(weight_path, layer_idx, weight_format)
+        group_size, rotated = complete_layout(weight_path, layer_idx, weight_format, group_size, rotated)
         config = LayerConfig(
             num_experts=num_experts,
             num_experts_per_tok=num_experts_per_tok,
@@ -649,6 +653,7 @@ class KTMoEWrapper:
             intermediate_size=moe_intermediate_size,
             format=weight_format,
             group_size=group_size,
+            rotated=rotated,
             swiglu_limit=swiglu_limit,
             swiglu_alpha=swiglu_alpha,
             max_tokens=checked_int("chunked_prefill_size", chunked_prefill_size, 1),

@@ -21,6 +21,7 @@ from ktk.runtime import CPUInfer, WorkerPoolConfig, default_threads, nodes_with_
 from ktk.weights.checkpoint import CheckpointLayer, ExpertWeights
 from ktk.weights.kt_kernel import KTKernelLayer, layer_of, open_weights
 from ktk.weights.packed import PackedFile, PackedLayer, PackedWriter
+from ktk.weights.stored import StoredLayout
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -228,6 +229,7 @@ class Experts:
             isa=config.isa,
             gpu_experts_mask_ptr=self._mask.data_ptr(),
             layer_index=config.layer_idx,
+            rotated=config.rotates,
         )
         # Logical expert of each slot; None until weights are loaded, and while a load has failed half-way.
         self._logical: list[int] | None = None
@@ -274,7 +276,7 @@ class Experts:
         cpu_infer, threads, threadpool_count, numa_nodes, gpu_experts_mask
             As for the class.
         **options
-            Other fields of `LayerConfig`: ``format``, ``group_size``, ``max_tokens`` and so on.
+            Other fields of `LayerConfig`: ``format``, ``group_size``, ``rotated``, ``max_tokens`` and so on.
 
         Returns
         -------
@@ -393,7 +395,8 @@ class Experts:
         ----------
         path : path
             Directory of the checkpoint, see `ktk.weights.Checkpoint`, or of kt-kernel's weights, see
-            `ktk.weights.KTKernelWeights`; the latter also set the format and group size, unless given.
+            `ktk.weights.KTKernelWeights`; the latter also set the format and group size, unless given, and
+            make a layer that is not rotated, unless ``rotated=True`` or another format is.
         layer_idx : int
             Which of its layers.
         num_experts_per_tok : int
@@ -418,8 +421,11 @@ class Experts:
             source = layer_of(weights, layer_idx, options.get("format"))
             if isinstance(source, KTKernelLayer):
                 options.setdefault("format", source.format)
-                if options.get("group_size") is None and options["format"] == source.format:
-                    options["group_size"] = source.group_size
+                if options["format"] == source.format:
+                    stored = StoredLayout.of_kt_kernel(source)
+                    options["group_size"], options["rotated"] = stored.complete(
+                        options.get("group_size"), options.get("rotated")
+                    )
             config = LayerConfig(
                 num_experts=source.num_experts,
                 num_experts_per_tok=num_experts_per_tok,
@@ -654,8 +660,8 @@ class Experts:
     ) -> None:
         """Quantise and pack the weights of this layer from a Hugging Face checkpoint, one expert at a time.
 
-        Weights that kt-kernel has quantised keep their codes where this layer has the same format, and their
-        scales too where it has one a row, see `ktk.weights.KTKernelLayer`.
+        Weights that kt-kernel has quantised keep their codes where this layer has the same format and is not
+        rotated, and their scales too where it has one a row, see `ktk.weights.KTKernelLayer`.
 
         Parameters
         ----------
@@ -867,6 +873,7 @@ class Experts:
         for name in (
             "format",
             "group_size",
+            "rotated",
             "hidden_size",
             "intermediate_size",
             "swiglu_limit",

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ktk import _native
+from ktk.config import INTERMEDIATE_GROUP, ROTATED_INTERMEDIATE_GROUP
 
 __all__ = ["Case", "Outcome", "run"]
 
@@ -26,30 +27,42 @@ TOLERANCE = 4e-3
 # Sizes that are no multiple of any block, and row counts on both sides of every kernel's threshold.
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 84, 148, 4, 2
 TOKENS = (1, 3, 70)
-ACTIVATION_GROUP = 128
+ROTATION = 64
 
 
 @dataclass(frozen=True)
 class Case:
-    """One weight format; `group_size` as in the layer's configuration."""
+    """One weight format; `group_size` and `rotated` as in the layer's configuration."""
 
     name: str
     format: int
     group_size: int = 0
+    rotated: bool = False
+
+    @property
+    def intermediate_group(self) -> int:
+        """Columns of the intermediate that share a scale."""
+        return ROTATED_INTERMEDIATE_GROUP if self.rotated else INTERMEDIATE_GROUP
+
+    def rows(self, x: F32) -> F32:
+        """Rows of a matrix or of activations as they are quantised."""
+        return rotate(x) if self.rotated else x
 
 
 CASES = (
     Case("bf16", _native.FORMAT_BF16),
     Case("int8 row", _native.FORMAT_INT8),
     Case("int8 g128", _native.FORMAT_INT8, 128),
+    Case("int8 g512 rotated", _native.FORMAT_INT8, 512, rotated=True),
     Case("int4 row", _native.FORMAT_INT4),
     Case("int4 g32", _native.FORMAT_INT4, 32),
     Case("int4 g128", _native.FORMAT_INT4, 128),
+    Case("int4 g32 rotated", _native.FORMAT_INT4, 32, rotated=True),
     Case("fp8", _native.FORMAT_FP8, 128),
 )
 # Largest relative L2 distance of the packed weights, Gaussian, from the ones they were made from.
 PACKING_ERROR = {"bf16": 0.002, "int8 row": 0.01, "int8 g128": 0.01, "int4 row": 0.15, "int4 g32": 0.09}
-PACKING_ERROR |= {"int4 g128": 0.1, "fp8": 0.03}
+PACKING_ERROR |= {"int4 g128": 0.1, "fp8": 0.03, "int8 g512 rotated": 0.01, "int4 g32 rotated": 0.09}
 FLOAT_FORMATS = (_native.FORMAT_BF16, _native.FORMAT_FP8)
 
 
@@ -72,6 +85,18 @@ def to_bf16(x: F32) -> F32:
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
     values: F32 = rounded.view(np.float32)
     return values
+
+
+def rotate(x: F32) -> F32:
+    """Each whole block of 64 columns times the Hadamard matrix over 8."""
+    out: F32 = x.copy()
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < ROTATION:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    for start in range(0, x.shape[-1] - ROTATION + 1, ROTATION):
+        columns = slice(start, start + ROTATION)
+        out[..., columns] = x[..., columns] @ (matrix / np.float32(8))
+    return out
 
 
 def round_trip_int8(x: F32, group: int) -> F32:
@@ -101,7 +126,8 @@ def unpack(tiles: npt.NDArray[np.uint8], bits: int, rows: int, columns: int) -> 
 
 
 def stored_weights(layer: _native.Moe, case: Case, expert: int) -> tuple[F32, F32, F32]:
-    """Read gate, up and down of a packed expert back, as the values that they stand for."""
+    """Read gate, up and down of a packed expert back, as the values that they stand for: in a rotated case of
+    rotated columns."""
 
     def part(code: int) -> npt.NDArray[np.uint8]:
         buffer = np.empty(layer.part_bytes(code), np.uint8)
@@ -114,13 +140,14 @@ def stored_weights(layer: _native.Moe, case: Case, expert: int) -> tuple[F32, F3
         factors: npt.NDArray[np.uint8],
         rows: int,
         columns: int,
+        group: int,
     ) -> F32:
         bits = {_native.FORMAT_BF16: 16, _native.FORMAT_INT4: 4}.get(case.format, 8)
         stored = unpack(weight, bits, rows, columns)
         if bits == 16:
             wide: F32 = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
             return wide
-        group = case.group_size or columns
+        group = group or columns
         of_column = np.arange(columns) // group
 
         def by_weight(packed: npt.NDArray[np.generic]) -> F32:  # [panel, group, 16] to [rows, columns]
@@ -154,23 +181,27 @@ def stored_weights(layer: _native.Moe, case: Case, expert: int) -> tuple[F32, F3
     weight = halves(_native.PART_GATE_UP_WEIGHT, tile_bytes)
     scale = halves(_native.PART_GATE_UP_SCALE, 16 * scale_bytes)
     factors = halves(_native.PART_GATE_UP_FACTORS, 32)
-    gate, up = (values(weight[i], scale[i], factors[i], INTERMEDIATE, HIDDEN) for i in (0, 1))
+    gate, up = (
+        values(weight[i], scale[i], factors[i], INTERMEDIATE, HIDDEN, case.group_size) for i in (0, 1)
+    )
     down = (
         part(_native.PART_DOWN_WEIGHT),
         part(_native.PART_DOWN_SCALE),
         part(_native.PART_DOWN_FACTORS),
     )
-    return gate, up, values(*down, HIDDEN, INTERMEDIATE)
+    group = min(case.group_size, case.intermediate_group)
+    return gate, up, values(*down, HIDDEN, INTERMEDIATE, group)
 
 
 def reference(
     case: Case, x: F32, ids: npt.NDArray[np.int64], route: F32, experts: list[tuple[F32, F32, F32]]
 ) -> F32:
-    """Forward of a layer in float64: x [B, H], ids, route [B, k], experts (gate, up [I, H], down [H, I])."""
+    """Forward of a layer in float64: x [B, H], ids, route [B, k], experts (gate, up [I, H], down [H, I]) as
+    `stored_weights` returns them."""
     float_format = case.format in FLOAT_FORMATS
     grouped = case.group_size and case.format == _native.FORMAT_INT8
-    input_group = ACTIVATION_GROUP if grouped else x.shape[-1]
-    x = to_bf16(x) if float_format else round_trip_int8(x, input_group)
+    input_group = max(case.group_size, INTERMEDIATE_GROUP) if grouped else x.shape[-1]
+    x = to_bf16(x) if float_format else round_trip_int8(case.rows(x), input_group)
     y = np.zeros(x.shape, np.float64)
     for expert, (gate, up, down) in enumerate(experts):
         tokens, slots = np.nonzero(ids == expert)
@@ -178,7 +209,7 @@ def reference(
         g = rows @ gate.astype(np.float64).T
         u = rows @ up.astype(np.float64).T
         z = (g / (1 + np.exp(-g)) * u).astype(np.float32)
-        z = to_bf16(z) if float_format else round_trip_int8(z, ACTIVATION_GROUP)
+        z = to_bf16(z) if float_format else round_trip_int8(case.rows(z), case.intermediate_group)
         np.add.at(y, tokens, route[tokens, slots, None] * (z.astype(np.float64) @ down.astype(np.float64).T))
     return y.astype(np.float32)
 
@@ -232,12 +263,13 @@ def run(isa: str) -> list[Outcome]:
                 format=case.format,
                 group_size=case.group_size,
                 isa=isa,
+                rotated=case.rotated,
             )
             with layer:
                 for expert in range(EXPERTS):
                     pointers: list[Any] = [w[expert].ctypes.data for w in (gate, up, down)]
                     layer.pack_expert(expert, _native.DTYPE_F32, *pointers)
-                given = [(gate[e], up[e], down[e]) for e in range(EXPERTS)]
+                given = [(case.rows(gate[e]), case.rows(up[e]), case.rows(down[e])) for e in range(EXPERTS)]
                 experts = [stored_weights(layer, case, expert) for expert in range(EXPERTS)]
                 got, expected = [], []
                 for x, ids, route in batches:

@@ -30,6 +30,16 @@ FORMATS = (
     Format(_native.FORMAT_INT8, 32),
     Format(_native.FORMAT_INT8, 128),
     Format(_native.FORMAT_FP8, 128),
+    Format(_native.FORMAT_INT8, 512, rotated=True),
+    Format(_native.FORMAT_INT8, rotated=True),
+    Format(_native.FORMAT_INT4, 32, rotated=True),
+    Format(_native.FORMAT_INT4, 128, rotated=True),
+)
+
+#: Groups of more columns than those of `FORMATS`; of down they are no wider than the intermediate's.
+WIDE_FORMATS = (
+    *(Format(_native.FORMAT_INT8, group, rotated) for group in (256, 512) for rotated in (False, True)),
+    Format(_native.FORMAT_INT4, 64, rotated=True),
 )
 
 PLAIN = Activation()
@@ -120,6 +130,7 @@ class NativeLayer:
             swiglu_alpha=options.activation.alpha,
             isa=options.isa,
             gpu_experts_mask_ptr=self.mask.ctypes.data if options.masked else 0,
+            rotated=form.rotated,
         )
         if load:
             for index, expert in enumerate(experts):

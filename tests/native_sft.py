@@ -180,9 +180,11 @@ def assert_within(
 
 BF16_FORMAT = Format(_native.FORMAT_BF16)
 SOME_FORMATS = (
-    *(form for form in FORMATS if form.group in (0, 32)),
+    *(form for form in FORMATS if form.group in (0, 32) and not form.rotated),
     Format(_native.FORMAT_INT4, 128),
     Format(_native.FORMAT_FP8, 128),
+    Format(_native.FORMAT_INT8, 512, rotated=True),
+    Format(_native.FORMAT_INT4, 32, rotated=True),
 )
 PLAIN = Activation()
 

@@ -68,6 +68,7 @@ def assert_still_works(wrapper: BaseMoEWrapper) -> None:
         ("format", None),
         ("group_size", 16),
         ("group_size", -32),
+        ("group_size", 256),
         ("swiglu_limit", -1.0),
         ("swiglu_limit", float("nan")),
         ("swiglu_alpha", float("inf")),
@@ -87,6 +88,8 @@ def test_values_of_a_configuration(name: str, value: Any) -> None:
         ("num_experts", True),
         ("swiglu_limit", "x"),
         ("max_tokens", None),
+        ("rotated", 1),
+        ("rotated", "yes"),
     ],
 )
 def test_types_of_a_configuration(name: str, value: Any) -> None:
@@ -103,7 +106,27 @@ def test_groups_where_there_are_none(format: str) -> None:
 def test_defaults_of_the_formats() -> None:
     chosen = {name: LayerConfig(**CONFIG, format=name) for name in FORMATS}
     groups = {name: config.groups for name, config in chosen.items()}
-    assert groups == {"bf16": 0, "int8": 128, "int4": 32, "fp8": 128}
+    assert groups == {"bf16": 0, "int8": 512, "int4": 32, "fp8": 128}
+    assert {name: config.rotated for name, config in chosen.items()} == {
+        "bf16": False,
+        "int8": True,
+        "int4": True,
+        "fp8": False,
+    }
+
+
+def test_rotated_layers() -> None:
+    for name in ("bf16", "fp8"):
+        with pytest.raises(
+            KtkArgumentError, match=f"rotated must be False or None in format {name}, .*int8, int4"
+        ):
+            LayerConfig(**CONFIG, format=name, rotated=True)
+        assert LayerConfig(**CONFIG, format=name, rotated=False).rotated is False
+    for rotated, columns in ((True, 256), (False, 128)):
+        for group, down in ((0, 0), (32, 32), (128, 128), (256, columns), (512, columns)):
+            config = LayerConfig(**CONFIG, format="int8", group_size=group, rotated=rotated)
+            assert (config.rotates, config.intermediate_group) == (rotated, columns)
+            assert (config.groups, config.down_groups) == (group, down)
 
 
 def test_tables_of_formats_and_methods() -> None:

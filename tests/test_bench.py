@@ -162,7 +162,12 @@ def test_shapes_by_name_and_by_size() -> None:
         (cases.parse_shapes, "", "a shape is missing"),
         (cases.parse_shapes, "0x160x6x2", "H of shape"),
         (cases.parse_shapes, "96x160x6x7", "K of shape .* between 1 and 6, got 7"),
-        (cases.parse_formats, "bf16,int3", "unknown format 'int3'; valid formats: bf16, int8-g128"),
+        (cases.parse_formats, "bf16,int3", "unknown format 'int3'; valid formats: bf16, int8-g512"),
+        (
+            cases.parse_formats,
+            "bf16-plain",
+            "unknown format 'bf16-plain'.*names of int8 and int4 also with -plain",
+        ),
         (cases.parse_formats, "bf16,,int8", "a format is missing"),
         (cases.parse_batches, "1,x", "a batch must be a number of at least 1, got 'x'"),
         (cases.parse_batches, "0", "got '0'"),
@@ -191,6 +196,15 @@ def test_formats_are_those_of_the_library() -> None:
     ]
     every = {(info.name, group) for info in FORMATS.values() for group in info.group_sizes}
     assert {(choice.format, choice.group_size) for choice in cases.FORMAT_CHOICES.values()} == every
+    for choice in cases.FORMAT_CHOICES.values():
+        assert choice.rotated == (choice.format in ("int8", "int4"))
+    plain = cases.parse_formats("int8-g128-plain,int8-plain,int4-row-plain,int8-g512-plain,int8")
+    assert [(choice.name, choice.group_size, choice.rotated) for choice in plain] == [
+        ("int8-g128-plain", 128, False),
+        ("int8-g512-plain", 512, False),
+        ("int4-row-plain", 0, False),
+        ("int8-g512", 512, True),
+    ]
 
 
 def test_weights_have_unit_gain_and_differ() -> None:
@@ -575,7 +589,7 @@ def test_the_command_prints_saves_and_draws(tmp_path: Path, capsys: pytest.Captu
     again = tmp_path / "again.png"
     assert main(["bench", "--load", str(saved), "--roofline", str(again), "--peers", str(peers)]) == 0
     out = capsys.readouterr().out
-    for word in ("96x160x6x2 int8-g128", "Accuracy and packing", "Scaling", "1 to 2"):
+    for word in ("96x160x6x2 int8-g512", "Accuracy and packing", "Scaling", "1 to 2"):
         assert word in out
     assert again.exists()
 

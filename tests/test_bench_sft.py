@@ -37,7 +37,7 @@ def test_report(tmp_path: Path) -> None:
     assert report == json.loads((tmp_path / "sft.json").read_text())
     assert report["schema"] == "ktk-bench-sft-1"
     assert [(cell["format"], cell["rank"]) for cell in report["cells"]] == [
-        (form, rank) for form in ("bf16", "int8-g128", "fp8") for rank in (0, 8)
+        (form, rank) for form in ("bf16", "int8-g512", "fp8") for rank in (0, 8)
     ]
     for cell in report["cells"]:
         for name in ("fraction", "forward_fraction", "backward_fraction", "forward_ms", "gops"):

@@ -354,6 +354,7 @@ REFUSED: dict[str, tuple[type[Exception], str, Call]] = {
     "layer top_k over experts": (KtkArgumentError, "top_k", moe_case(top_k=3)),
     "layer with odd group": (KtkArgumentError, "group_size", moe_case(format=2, group_size=48)),
     "layer with grouped bf16": (KtkArgumentError, "group_size", moe_case(group_size=32)),
+    "layer with rotated bf16": (KtkArgumentError, "rotated", moe_case(rotated=True)),
     "layer limit as text": (TypeError, "swiglu_limit must be a float, got str", moe_case(swiglu_limit="7")),
     "layer limit NaN": (KtkArgumentError, "swiglu_limit", moe_case(swiglu_limit=float("nan"))),
     "layer alpha negative": (KtkArgumentError, "swiglu_alpha", moe_case(swiglu_alpha=-1.0)),

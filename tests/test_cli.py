@@ -74,8 +74,9 @@ def test_int4_options(capsys: pytest.CaptureFixture[str]) -> None:
         "int4",
         "--group-size",
         "64",
+        "--no-rotated",
     )
-    assert report["group_size"] == 64
+    assert (report["group_size"], report["rotated"]) == (64, False)
 
 
 @pytest.mark.parametrize("isa", ["portable", _native.isa_default()])
@@ -111,6 +112,7 @@ def test_text_and_table(capsys: pytest.CaptureFixture[str]) -> None:
         (["{model}", "-p", "x", "--format", "int3"], 2, "int3"),
         (["{model}", "-p", "x", "--format", "int4", "--group-size", "48"], 1, "group_size"),
         (["{model}", "-p", "x", "--format", "bf16", "--group-size", "32"], 1, "group_size"),
+        (["{model}", "-p", "x", "--format", "bf16", "--rotated"], 1, "rotated must be False"),
         (["{model}", "-p", "x", "--isa", "mmx"], 1, "mmx"),
         (["{model}", "-p", "x", "--threads", "0"], 2, "--threads"),
         (["{empty}", "-p", "x"], 1, "config.json"),

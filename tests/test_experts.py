@@ -74,9 +74,10 @@ def make_wrapper(layer_idx: int = 0, weights: Weights | None = None, **options: 
     [
         ("bf16", {}),
         ("int8", {}),
+        ("int8", {"group_size": 128, "rotated": False}),
         ("int4", {}),
         ("int4", {"group_size": 0}),
-        ("int4", {"group_size": 64}),
+        ("int4", {"group_size": 64, "rotated": False}),
         ("int4", {"group_size": 128}),
         ("fp8", {}),
     ],
@@ -314,16 +315,17 @@ def test_default_threads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("format", "group_size", "most"),
+    ("format", "options", "most"),
     [
-        ("bf16", None, 0.0025),
-        ("int8", None, 0.02),
-        ("int4", 32, 0.13),
-        ("int4", 128, 0.17),
-        ("fp8", None, 0.05),
+        ("bf16", {}, 0.0025),
+        ("int8", {}, 0.02),
+        ("int8", {"group_size": 128, "rotated": False}, 0.0205),
+        ("int4", {"group_size": 32}, 0.13),
+        ("int4", {"group_size": 128}, 0.17),
+        ("fp8", {}, 0.05),
     ],
 )
-def test_errors_of_gaussian_layers(format: str, group_size: int | None, most: float) -> None:
+def test_errors_of_gaussian_layers(format: str, options: dict[str, Any], most: float) -> None:
     """What docs/numerics.md promises of each format: the relative L2 distance from the float32 layer."""
     hidden, inner = 2048, 768
     generator = torch.Generator().manual_seed(11)
@@ -336,7 +338,7 @@ def test_errors_of_gaussian_layers(format: str, group_size: int | None, most: fl
         0
     ].float().T
     with Experts.from_weights(
-        gate, up, down, num_experts_per_tok=1, format=format, group_size=group_size, threads=2
+        gate, up, down, num_experts_per_tok=1, format=format, threads=2, **options
     ) as experts:
         ids, weights = torch.zeros(tokens, 1, dtype=torch.int64), torch.ones(tokens, 1)
         result = experts(x.float(), ids, weights)
@@ -403,7 +405,8 @@ def test_arguments_by_position(tmp_path: Any) -> None:
 def test_own_arguments() -> None:
     assert make_wrapper(method="AMXINT4").experts.config.group_size == 32
     config = make_wrapper(method="AMXINT4", group_size=64, strict=True, isa="portable").experts.config
-    assert (config.group_size, config.strict, config.isa) == (64, True, "portable")
+    assert (config.group_size, config.rotated, config.strict, config.isa) == (64, True, True, "portable")
+    assert not make_wrapper(method="AMXINT4", rotated=False).experts.config.rotated
     assert make_wrapper(method="AMXINT4", group_size=0).experts.config.group_size == 0
 
 

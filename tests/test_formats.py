@@ -12,14 +12,23 @@ from hypothesis import strategies as st
 
 from ktk import _native
 from ktk.errors import KtkArgumentError, KtkStateError
-from layers import FORMATS, PART_CODES, NativeLayer, Options, pool_of, runnable_isas, same_bits
+from layers import (
+    FORMATS,
+    PART_CODES,
+    WIDE_FORMATS,
+    NativeLayer,
+    Options,
+    pool_of,
+    runnable_isas,
+    same_bits,
+)
 from reference.packing import PART_NAMES, ExpertWeights, Format, pack
 from reference.rounding import BF16, F16, F32
 from strategies import DTYPES, make_input, make_routing, make_weights, seeds, sizes
 
 GOLDEN = Path(__file__).parent / "golden"
 
-INT8, INT4_32, INT8_128 = FORMATS[1], FORMATS[3], FORMATS[7]
+INT8, INT4_32, INT8_128, INT8_512 = FORMATS[1], FORMATS[3], FORMATS[7], FORMATS[9]
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +69,16 @@ def test_packing_gives_the_reference_bytes(one_pool: _native.Pool, form: Format,
             assert_parts_equal(layer.export(0), pack(weights, form))
 
     check()
+
+
+@pytest.mark.parametrize("form", WIDE_FORMATS, ids=str)
+def test_rows_of_several_wide_groups(form: Format) -> None:
+    """Neither size is a multiple of 64: the last columns are not rotated, and the last groups are short."""
+    rng = np.random.default_rng(22)
+    weights = make_weights(rng, 1100, 590, BF16, spread=1.0)
+    for threads in ((2,), (1, 1)):
+        with pool_of(*threads) as pool, NativeLayer(pool, [weights], form) as layer:
+            assert_parts_equal(layer.export(0), pack(weights, form))
 
 
 def _special(kind: str) -> ExpertWeights:
@@ -159,7 +178,7 @@ def test_packing_again_replaces_the_expert(one_pool: _native.Pool) -> None:
         assert_parts_equal(layer.export(0), pack(second, INT4_32))
 
 
-@pytest.mark.parametrize("form", [FORMATS[0], INT8, INT8_128, FORMATS[2], INT4_32], ids=str)
+@pytest.mark.parametrize("form", [FORMATS[0], INT8, INT8_128, INT8_512, FORMATS[2], INT4_32], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("matrix", ["gate", "up", "down"])
 def test_weights_that_are_not_finite_are_refused(
@@ -191,6 +210,12 @@ def test_scales_that_would_overflow_are_refused(one_pool: _native.Pool) -> None:
     weights.up[3, 5] = 3.4e38
     with pytest.raises(KtkArgumentError), NativeLayer(one_pool, [weights], FORMATS[0]):
         pass
+    weights.up[3] = 1e38
+    NativeLayer(one_pool, [weights], INT8_128).moe.close()
+    for form in (INT8_512, FORMATS[11]):
+        # Of 64 equal weights a rotation makes one that is 8 times as large.
+        with pytest.raises(KtkArgumentError), NativeLayer(one_pool, [weights], form):
+            pass
 
 
 @pytest.mark.parametrize("form", [FORMATS[0], INT8, INT8_128, FORMATS[2], INT4_32], ids=str)
@@ -277,6 +302,11 @@ def test_a_partly_imported_expert_does_not_count_as_loaded(one_pool: _native.Poo
         {"group_size": 48},
         {"group_size": -32},
         {"group_size": 16, "format": _native.FORMAT_INT8},
+        {"group_size": 384, "format": _native.FORMAT_INT8},
+        {"group_size": 1024, "format": _native.FORMAT_INT8},
+        {"group_size": 256, "format": _native.FORMAT_INT4},
+        {"rotated": True, "format": _native.FORMAT_BF16},
+        {"rotated": True, "group_size": 128, "format": _native.FORMAT_FP8},
         {"group_size": 32, "format": _native.FORMAT_BF16},
         {"group_size": 0, "format": _native.FORMAT_FP8},
         {"group_size": 64, "format": _native.FORMAT_FP8},

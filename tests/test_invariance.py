@@ -205,6 +205,21 @@ def test_nan_and_infinity_stay_in_their_row(form: Format, isa: str, activation: 
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("form", [form for form in FORMATS if form.rotated], ids=str)
+def test_rows_that_a_rotation_makes_infinite_give_nan(form: Format, isa: str) -> None:
+    rng = np.random.default_rng(62)
+    experts = _experts(rng, 2, 100, 70)
+    x, ids, weights = _batch(rng, 2, 100, 5, 2, "distinct")
+    with pool_of(1) as pool, NativeLayer(pool, experts, form, Options(isa=isa)) as layer:
+        expected = layer.forward(x, ids, weights)
+        x[3, :64] = 1e38
+        actual = layer.forward(x, ids, weights)
+    assert np.isnan(actual[3]).all()
+    others = [0, 1, 2, 4]
+    assert same_bits(actual[others], expected[others])
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("alpha", [0.0, 1.702])
 @pytest.mark.parametrize("lost", ["gate", "up"])
 def test_clamp_keeps_nan(isa: str, alpha: float, lost: str) -> None:

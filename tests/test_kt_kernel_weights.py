@@ -135,7 +135,7 @@ def test_one_part_is_exact(tmp_path: Path, fmt: str, sizes: dict[str, int], merg
             for name in ("gate", "up", "down"):
                 assert torch.equal(getattr(read, name), stored.values(name)[expert])
     with Experts.from_checkpoint(tmp_path, layer_idx=5, num_experts_per_tok=1, threads=1) as experts:
-        assert (experts.config.format, experts.config.groups) == (fmt, 0)
+        assert (experts.config.format, experts.config.groups, experts.config.rotated) == (fmt, 0, False)
         assert_holds(experts, stored, tmp_path / "packed" / "layer.safetensors")
 
 
@@ -172,6 +172,7 @@ def test_int4_parts_of_any_scales(tmp_path: Path, parts: int) -> None:
                 intermediate_size=128 * parts,
                 format="int4",
                 group_size=group,
+                rotated=False,
             )
             found = layer.packed(expert, PackedLayer.from_config(config, bias=False))
             assert found is not None
@@ -253,7 +254,13 @@ def test_one_scale_for_several_parts_is_the_largest(tmp_path: Path, fmt: str) ->
     stored.write_files(tmp_path, 0)
     layer = KTKernelWeights(tmp_path).layer(0)
     config = LayerConfig(
-        num_experts=3, num_experts_per_tok=1, hidden_size=256, intermediate_size=256, format=fmt, group_size=0
+        num_experts=3,
+        num_experts_per_tok=1,
+        hidden_size=256,
+        intermediate_size=256,
+        format=fmt,
+        group_size=0,
+        rotated=False,
     )
     header = PackedLayer.from_config(config, bias=False)
     step = 1 if fmt == "int8" else 16
@@ -298,6 +305,41 @@ def test_other_formats_take_the_values(tmp_path: Path, fmt: str) -> None:
         assert (tmp_path / "read.safetensors").read_bytes() == (tmp_path / "made.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("fmt", ["int8", "int4"])
+def test_rotated_layers_take_the_values(tmp_path: Path, fmt: str) -> None:
+    """Codes of rotated columns are others, so that everything is quantised again."""
+    stored = layer_of(fmt, 2)
+    stored.write_files(tmp_path, 0)
+    options: dict[str, Any] = {"num_experts_per_tok": 2, "rotated": True, "threads": 1, "format": fmt}
+    tensors = [stored.values(name) for name in ("gate", "up", "down")]
+    with (
+        Experts.from_checkpoint(tmp_path, layer_idx=0, **options) as read,
+        Experts.from_weights(*tensors, **options) as made,
+    ):
+        assert read.config == made.config
+        read.save(tmp_path / "read.safetensors")
+        made.save(tmp_path / "made.safetensors")
+    assert (tmp_path / "read.safetensors").read_bytes() == (tmp_path / "made.safetensors").read_bytes()
+
+
+def test_wide_groups_of_plain_layers(tmp_path: Path) -> None:
+    """Groups of down are those of 128 columns, which divide a part."""
+    stored = layer_of("int8", 2)
+    stored.write_files(tmp_path, 0)
+    with Experts.from_checkpoint(
+        tmp_path, layer_idx=0, num_experts_per_tok=2, group_size=512, threads=1
+    ) as experts:
+        assert not experts.config.rotated
+        experts.save(tmp_path / "packed" / "layer.safetensors")
+    with safe_open(tmp_path / "packed" / "layer.safetensors", framework="pt") as handle:
+        down = handle.get_tensor("layers.0.experts.down.scale")
+        gate_up = handle.get_tensor("layers.0.experts.gate_up.scale")
+    assert down.shape[2] == 2 and gate_up.shape[2] == 1
+    for expert in range(3):
+        wanted = expected_parts(stored, expert, 128)["down.scale"]
+        assert np.array_equal(down[expert].contiguous().view(torch.uint8).flatten().numpy(), wanted)
+
+
 # ---- through the wrappers --------------------------------------------------------------------------------
 
 
@@ -328,7 +370,7 @@ def test_inference_and_training(tmp_path: Path, fmt: str, parts: int, merged: bo
     wrapper = wrapper_of(tmp_path, fmt)
     wrapper.load_weights(torch.tensor([2, 0, 1]))
     config = wrapper.experts.config
-    assert config.groups == (0 if parts == 1 else 128)
+    assert config.groups == (0 if parts == 1 else 128) and not config.rotated
     x, ids, weights = batch(4, 7, experts=3, hidden=256)
     reference = reference_of(stored, config.groups, [2, 0, 1])
     assert_wrapper_matches(wrapper.forward(x, ids, weights), reference, x, ids, weights)
@@ -336,7 +378,7 @@ def test_inference_and_training(tmp_path: Path, fmt: str, parts: int, merged: bo
 
     trainer = wrapper_of(tmp_path, fmt, method=f"{METHODS[fmt]}_SFT", mode="sft", lora_rank=0)
     trainer.load_weights(torch.tensor([2, 0, 1]))
-    assert trainer.experts.config.groups == config.groups
+    assert trainer.experts.config.groups == config.groups and not trainer.experts.config.rotated
     output, saved = trainer.run(x, ids, weights, policy="save")
     assert_matches(output, reference, x, ids, weights)
     assert saved is not None

@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ktk.errors import KtkArgumentError, KtkStateError
-from layers import FORMATS, SLOW_ISAS, NativeLayer, Options, pool_of, runnable_isas, same_bits, thresholds
+from layers import (
+    FORMATS,
+    SLOW_ISAS,
+    WIDE_FORMATS,
+    NativeLayer,
+    Options,
+    pool_of,
+    runnable_isas,
+    same_bits,
+    thresholds,
+)
 from reference.activation import activate
 from reference.moe import Activation, Bounded, Layer, output_tolerance
 from reference.packing import ExpertWeights, Format
@@ -137,7 +147,7 @@ def test_both_sides_of_every_dispatch_threshold(form: Format, isa: str, strict: 
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("form", [FORMATS[i] for i in (0, 1, 2, 3, 5, 7)], ids=str)
+@pytest.mark.parametrize("form", [FORMATS[i] for i in (0, 1, 2, 3, 5, 7, 9, 12)], ids=str)
 def test_sizes_past_the_blocks_inside_kernels(form: Format, isa: str) -> None:
     """Kernels block K, panels and the rows of an expert; here each is longer than a block, with a tail."""
     rng = np.random.default_rng(45)
@@ -152,7 +162,23 @@ def test_sizes_past_the_blocks_inside_kernels(form: Format, isa: str) -> None:
             check_against_reference(actual, Layer(experts, form), x, ids, weights)
 
 
-@pytest.mark.parametrize("form", [FORMATS[0], FORMATS[1], FORMATS[3]], ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("form", WIDE_FORMATS, ids=str)
+def test_rows_of_several_wide_groups(form: Format, isa: str) -> None:
+    """Neither size is a multiple of 64, and both have several groups of weights and of activations."""
+    rng = np.random.default_rng(46)
+    experts = [make_weights(rng, 1100, 590, BF16)]
+    reference = Layer(experts, form)
+    for threads in ((2,), (1, 1)):
+        with pool_of(*threads) as pool, NativeLayer(pool, experts, form, Options(isa=isa)) as layer:
+            for rows in (1, 19):
+                x = make_input(rng, rows, 1100, BF16)
+                ids, weights = np.zeros((rows, 1), np.int64), rng.random((rows, 1)).astype(np.float32)
+                actual = layer.forward(x, ids, weights)
+                check_against_reference(actual, reference, x, ids, weights, shards=len(threads))
+
+
+@pytest.mark.parametrize("form", [FORMATS[0], FORMATS[1], FORMATS[3], FORMATS[9]], ids=str)
 def test_batches_of_several_hundred(form: Format) -> None:
     rng = np.random.default_rng(32)
     experts = [make_weights(rng, 72, 136) for _ in range(5)]

@@ -9,8 +9,9 @@ import pytest
 
 from reference.activation import activate, exponential
 from reference.moe import Activation, Bounded, Layer, output_tolerance, shards_of
-from reference.packing import PART_NAMES, Format, pack, unpack_weight
+from reference.packing import PART_NAMES, ExpertWeights, Format, pack, unpack_weight
 from reference.quantise import QuantisedMatrix, quantise_int4, quantise_int8, quantise_symmetric8
+from reference.rotation import hadamard, rotate, rotate_with_bound
 from reference.rounding import BF16, F16, F32, U32, fma32, round_bf16, round_to, ulp
 from strategies import make_routing, make_weights
 
@@ -24,6 +25,10 @@ FORMATS = (
     Format(2, 32),
     Format(2, 64),
     Format(2, 128),
+    Format(1, 512, rotated=True),
+    Format(1, rotated=True),
+    Format(2, 32, rotated=True),
+    Format(2, 128, rotated=True),
 )
 
 
@@ -131,6 +136,87 @@ def test_shards_are_whole_groups_and_cover_everything() -> None:
             assert all(cut.start % 128 == 0 or cut.start == size for cut in cuts)
             widths = [-(-(cut.stop - cut.start) // 128) for cut in cuts]
             assert max(widths) - min(widths) <= 1 and widths == sorted(widths, reverse=True)
+    assert shards_of(1000, 2, 256) == [slice(0, 512), slice(512, 1000)]
+    assert shards_of(300, 3, 256) == [slice(0, 256), slice(256, 300), slice(300, 300)]
+
+
+def test_a_rotation_is_the_hadamard_matrix_and_its_own_inverse() -> None:
+    matrix = hadamard()
+    assert (matrix == matrix.T).all() and (matrix @ matrix == 64 * np.eye(64)).all()
+    rng = np.random.default_rng(11)
+    for columns in (1, 63, 64, 65, 128, 200):
+        x = rng.standard_normal((7, columns)).astype(np.float32)
+        whole = columns // 64 * 64
+        wanted = x.astype(np.float64)
+        for start in range(0, whole, 64):
+            wanted[:, start : start + 64] = wanted[:, start : start + 64] @ matrix / 8
+        turned = rotate(x)
+        assert np.abs(turned - wanted).max() < 1e-6
+        assert np.array_equal(turned[:, whole:], x[:, whole:])
+        assert np.abs(rotate(turned) - x).max() < 1e-6
+        value, error = rotate_with_bound(x.astype(np.float64), np.zeros(x.shape))
+        assert (np.abs(turned - value) <= error).all() and np.array_equal(error == 0, turned == x)
+    # Powers of two are exact, so that the inverse is too.
+    exact = rng.integers(-8, 9, (5, 192)).astype(np.float32)
+    assert np.array_equal(rotate(rotate(exact)), exact)
+
+
+def test_a_rotation_keeps_products() -> None:
+    rng = np.random.default_rng(12)
+    x, w = rng.standard_normal((2, 9, 200)).astype(np.float32)
+    plain = x.astype(np.float64) @ w.astype(np.float64).T
+    turned = rotate(x).astype(np.float64) @ rotate(w).astype(np.float64).T
+    assert np.abs(turned - plain).max() < 1e-5
+
+
+def test_butterflies_are_taken_in_order_of_distance() -> None:
+    """By one row whose sums are rounded differently in another order."""
+    row = (np.random.default_rng(13).standard_normal(64) * 10.0 ** np.arange(-3, 3).repeat(11)[:64]).astype(
+        np.float32
+    )
+    expected = [np.float32(0.125) * value for value in row]
+    for distance in (1, 2, 4, 8, 16, 32):
+        for low in (index for index in range(64) if not index & distance):
+            a, b = expected[low], expected[low + distance]
+            expected[low], expected[low + distance] = a + b, a - b
+    assert rotate(row[None])[0].tolist() == [float(value) for value in expected]
+
+
+def _error(form: Format, outliers: int) -> float:
+    """Relative L2 error of a Gaussian layer, with `outliers` columns of the input 60 times as large."""
+    rng = np.random.default_rng(14)
+    hidden, inner, rows = 1024, 768, 16
+    expert = make_weights(rng, hidden, inner)
+    x = rng.standard_normal((rows, hidden)).astype(np.float32)
+    x[:, rng.choice(hidden, outliers, replace=False)] *= 60
+    ids, weights = np.zeros((rows, 1), np.int64), np.ones((rows, 1), np.float32)
+    exact = _plain([expert], x.astype(np.float64), ids, weights, Activation())
+    found = Layer([expert], form).forward_integer(x, ids, weights, activate)
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+
+def test_rotated_groups_of_512_are_better_than_plain_groups_of_128() -> None:
+    error = _error(Format(1, 512, rotated=True), 0)
+    assert error < 0.02 and error < _error(Format(1, 128), 0)
+
+
+@pytest.mark.parametrize("form", [Format(1, 512), Format(1, 128), Format(2, 32), Format(2, 128)], ids=str)
+def test_outliers_cost_less_where_columns_are_rotated(form: Format) -> None:
+    assert _error(Format(form.kind, form.group, rotated=True), 4) < 0.9 * _error(form, 4)
+
+
+def test_groups_of_down_are_those_of_the_intermediate_at_most() -> None:
+    expert = ExpertWeights(*(np.ones(shape, np.float32) for shape in ((700, 600), (700, 600), (600, 700))))
+    for form, gate_groups, down_groups in (
+        (Format(1, 512), 2, 6),
+        (Format(1, 512, rotated=True), 2, 3),
+        (Format(1, 128, rotated=True), 5, 6),
+        (Format(1, 0, rotated=True), 1, 1),
+    ):
+        parts = pack(expert, form)
+        size = 2 if form.group else 4
+        assert parts["gate_up_scale"].size == 44 * gate_groups * 2 * 16 * size
+        assert parts["down_scale"].size == 38 * down_groups * 16 * size
 
 
 def _plain(experts, x, ids, weights, activation):  # type: ignore[no-untyped-def]
@@ -155,6 +241,8 @@ def _plain(experts, x, ids, weights, activation):  # type: ignore[no-untyped-def
 # model of it must be.
 _LEVELS = {"bf16": 0.0045, "int8-row": 0.024, "int8-128": 0.021, "int4-row": 0.22, "int4-32": 0.14}
 _LEVELS |= {"int4-64": 0.16, "int4-128": 0.18, "fp8": 0.055}
+_LEVELS |= {"int8-512-rotated": 0.02, "int8-row-rotated": 0.02}
+_LEVELS |= {"int4-32-rotated": 0.14, "int4-128-rotated": 0.18}
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)
@@ -178,7 +266,9 @@ def test_bounds_are_a_few_steps_of_the_output_type(form: Format) -> None:
     ids, weights = make_routing(rng, "distinct", 8, 4, 2)
     expected = Layer(experts, form).forward(x, ids, weights)
     typical = ulp(np.sqrt(np.mean(expected.value**2)), BF16)
-    assert np.median(output_tolerance(expected, BF16)) < (0.5 if form.integer else 2) * typical
+    # A rotated value may be off by what 64 others are, over 8.
+    most = 2 if not form.integer else 1 if form.rotated else 0.5
+    assert np.median(output_tolerance(expected, BF16)) < most * typical
     assert np.max(output_tolerance(expected, BF16)) < 6 * typical
 
 

@@ -27,7 +27,9 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("bf16", {}),
     ("int8", {}),
     ("int8", {"group_size": 0}),
-    ("int4", {"group_size": 0}),
+    ("int8", {"group_size": 128, "rotated": False}),
+    ("int8", {"group_size": 512, "rotated": False}),
+    ("int4", {"group_size": 0, "rotated": False}),
     ("int4", {"group_size": 32}),
     ("int4", {"group_size": 64}),
     ("fp8", {}),
@@ -83,6 +85,7 @@ def test_the_file_holds_the_documented_bytes(tmp_path: Path, format: str, option
         "intermediate_size": 50,
         "format": format,
         "group_size": form_of(format, **options).group,
+        "rotated": form_of(format, **options).rotated,
         "swiglu_limit": 0.0,
         "swiglu_alpha": 0.0,
         "bias": True,
@@ -296,6 +299,7 @@ def add_tensor(header: dict[str, Any]) -> None:
         (set_layers([{"layer_idx": 2}]), "damaged description"),
         (edit_layer(format="int5"), "damaged description"),
         (edit_layer(hidden_size=0), "damaged description"),
+        (edit_layer(rotated="no"), "damaged description"),
         (edit_layer(hidden_size=96), "contradicts itself"),
         (edit_layer(num_experts=5), "contradicts itself"),
         (edit_layer(group_size=0), "no layer accounts for"),
@@ -337,6 +341,7 @@ def test_scales_that_are_not_finite(packed: Path, value: float) -> None:
     [
         ({"format": "int8", "group_size": 0}, "format int4"),
         ({"group_size": 64}, "group_size 32"),
+        ({"rotated": False}, "rotated True, and this layer has False"),
         ({"hidden_size": 64}, "hidden_size 80"),
         ({"intermediate_size": 64}, "intermediate_size 48"),
         ({"swiglu_limit": 1.0}, r"swiglu_limit 0\.0"),
@@ -486,6 +491,50 @@ def test_wrapper_saves_and_loads(tmp_path: Path, single_file: bool) -> None:
     second.load_weights(order)
     reference = weights.reference(form_of("int4"), order=order.tolist())
     assert_wrapper_matches(second.forward(*inputs), reference, *inputs)
+
+
+def without_rotation(file: Path) -> None:
+    """Take the entry out that older files do not have."""
+
+    def change(header: dict[str, Any]) -> None:
+        (layer,) = json.loads(header["__metadata__"]["ktk_layers"])
+        del layer["rotated"]
+        header["__metadata__"]["ktk_layers"] = json.dumps([layer])
+
+    rewrite_header(file, change)
+
+
+def test_files_without_the_entry_are_not_rotated(tmp_path: Path) -> None:
+    file, weights, inputs = tmp_path / "layer.safetensors", Weights.random(1), batch(2, 5)
+    with make_experts(weights, "int8", group_size=128, rotated=False) as experts:
+        experts.save(file)
+        expected = experts(*inputs)
+    without_rotation(file)
+    with Experts.from_packed(file, threads=1) as loaded:
+        assert (loaded.config.group_size, loaded.config.rotated) == (128, False)
+        assert torch.equal(loaded(*inputs), expected)
+    with pytest.raises(KtkArgumentError, match="rotated False, and this layer has True"):
+        Experts.from_packed(file, rotated=True, threads=1)
+
+
+@pytest.mark.parametrize("mode", ["inference", "sft"])
+def test_wrapper_follows_the_files_in_what_is_left_open(tmp_path: Path, mode: str) -> None:
+    weights = Weights.random(1)
+    options: dict[str, Any] = {"method": "AMXINT4" if mode == "inference" else "AMXINT4_SFT", "mode": mode}
+    if mode == "sft":
+        options["lora_rank"] = 0
+    first = make_wrapper(tmp_path, group_size=64, rotated=False, cpu_save=True)
+    first.load_weights_from_tensors(*weights.matrices(), torch.arange(4))
+    second = make_wrapper(tmp_path, **options)
+    second.load_weights(torch.arange(4))
+    config = second.experts.config
+    assert (config.group_size, config.rotated) == (64, False)
+    inputs = batch(2, 5)
+    assert_matches(second.experts(*inputs), weights.reference(form_of("int4", 64, False)), *inputs)
+    with pytest.raises(KtkArgumentError, match="rotated False, and this layer has True"):
+        make_wrapper(tmp_path, rotated=True, **options).load_weights(torch.arange(4))
+    with pytest.raises(KtkArgumentError, match="group_size 64, and this layer has 32"):
+        make_wrapper(tmp_path, group_size=32, **options).load_weights(torch.arange(4))
 
 
 def test_wrapper_without_cpu_save_writes_nothing(tmp_path: Path) -> None:

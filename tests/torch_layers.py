@@ -20,7 +20,11 @@ from reference.rounding import Array
 
 PLAIN = Activation()
 
-METHOD_FORMATS = {"AMXINT4": Format(2, 32), "AMXINT8": Format(1, 128), "BF16": Format(0)}
+METHOD_FORMATS = {
+    "AMXINT4": Format(2, 32, rotated=True),
+    "AMXINT8": Format(1, 512, rotated=True),
+    "BF16": Format(0),
+}
 
 
 def to_numpy(tensor: torch.Tensor) -> Array:
@@ -94,11 +98,11 @@ class Weights:
         return Layer([self.expert(index) for index in order], form, activation, masked)
 
 
-def form_of(name: str, group_size: int | None = None) -> Format:
+def form_of(name: str, group_size: int | None = None, rotated: bool | None = None) -> Format:
     """Format of the reference for a format name of ktk, with ktk's defaults."""
     info = FORMATS[name]
     group = info.default_group_size if group_size is None else group_size
-    return Format(info.code, group)
+    return Format(info.code, group, info.rotates if rotated is None else rotated)
 
 
 def batch(

@@ -94,6 +94,7 @@ class MoeConfig(ctypes.Structure):
         ("swiglu_alpha", c_float),
         ("isa", c_char_p),
         ("gpu_experts_mask", POINTER(c_uint8)),
+        ("rotated", c_int32),
     )
 
 
@@ -615,6 +616,7 @@ class Moe(_PoolMember):
         isa: str | None = None,
         gpu_experts_mask_ptr: int = 0,
         layer_index: int = 0,
+        rotated: bool = False,
     ) -> None:
         self.close()
         super().__init__()
@@ -636,6 +638,7 @@ class Moe(_PoolMember):
         config.gpu_experts_mask = _pointer(
             c_uint8, _checks.optional_pointer("gpu_experts_mask_ptr", gpu_experts_mask_ptr, 1)
         )
+        config.rotated = _checks.flag("rotated", rotated)
         handle = c_void_p()
         with pool._open() as pool_handle:
             _check(_lib.ktk_moe_create(byref(config), pool_handle, byref(handle)))

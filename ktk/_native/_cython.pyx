@@ -317,6 +317,7 @@ cdef class Moe:
     def __init__(
         self, pool, *, num_experts, top_k, hidden_size, intermediate_size, max_tokens, format, group_size=0,
         strict=False, swiglu_limit=0.0, swiglu_alpha=0.0, isa=None, gpu_experts_mask_ptr=0, layer_index=0,
+        rotated=False,
     ):
         cdef c.ktk_moe_config config
         cdef c.ktk_moe *handle = NULL
@@ -344,6 +345,7 @@ cdef class Moe:
             isa_bytes = _checks.text("isa", isa)
             config.isa = isa_bytes
         config.gpu_experts_mask = <const uint8_t *>_optional_pointer("gpu_experts_mask_ptr", gpu_experts_mask_ptr, 1)
+        config.rotated = _checks.flag("rotated", rotated)
         owner_handle = owner.open()
         owner.calls += 1
         try:

@@ -121,8 +121,8 @@ class Moe:
     format : int
         A FORMAT_ constant.
     group_size : int
-        INT8, INT4: groups of 32, 64 or 128 input columns, or 0 for one scale a row and no groups. FP8: 128.
-        Else 0.
+        INT8, INT4: groups of 32, 64 or 128 input columns, INT8 also of 256 or 512, or 0 for one scale a row
+        and no groups. FP8: 128. Else 0.
     strict : bool
         One family of kernels, so that results do not depend on the batch size.
     swiglu_limit, swiglu_alpha : float
@@ -134,6 +134,8 @@ class Moe:
         experts contribute nothing. 0: none.
     layer_index : int
         For messages and traces.
+    rotated : bool
+        INT8, INT4: columns are rotated before they are quantised.
     """
 
     def __init__(
@@ -153,6 +155,7 @@ class Moe:
         isa: str | None = None,
         gpu_experts_mask_ptr: int = 0,
         layer_index: int = 0,
+        rotated: bool = False,
     ) -> None: ...
     @property
     def isa(self) -> str: ...
@@ -205,7 +208,10 @@ class Moe:
         `incremental` adds to the output. Raises `KtkStateError` if a routed expert is not loaded.
         """
     def unpack_expert(self, expert: int, gate_ptr: int = 0, up_ptr: int = 0, down_ptr: int = 0) -> None:
-        """Writes the dequantised weights of one expert: float32 [I, H], [I, H], [H, I]; 0: not wanted."""
+        """Writes the dequantised weights of one expert: float32 [I, H], [I, H], [H, I]; 0: not wanted.
+
+        Rotated columns are rotated back.
+        """
     def close(self) -> None:
         """Waits until nothing of the layer is pending, then frees it."""
     def __enter__(self) -> Self: ...

@@ -89,6 +89,7 @@ cdef extern from "ktk.h" nogil:
         float swiglu_alpha
         const char *isa
         const uint8_t *gpu_experts_mask
+        int32_t rotated
 
     ctypedef struct ktk_expert_weights:
         uint32_t struct_size

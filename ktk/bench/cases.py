@@ -111,7 +111,7 @@ def parse_shapes(text: str) -> list[Shape]:
 
 @dataclass(frozen=True)
 class FormatChoice:
-    """A weight format as `ktk bench` names it: ``bf16``, ``int8-g128``, ``int4-row``.
+    """A weight format as `ktk bench` names it: ``bf16``, ``int8-g512``, ``int4-row``, ``int8-g128-plain``.
 
     Parameters
     ----------
@@ -120,11 +120,14 @@ class FormatChoice:
         A key of `ktk.config.FORMATS`.
     group_size : int
         Input columns a scale, 0 for one scale a row or none.
+    rotated : bool, default False
+        Whether columns are rotated before they are quantised.
     """
 
     name: str
     format: str
     group_size: int
+    rotated: bool = False
 
     @property
     def code(self) -> int:
@@ -137,12 +140,15 @@ def _format_choices() -> dict[str, FormatChoice]:
     for info in FORMATS.values():
         for group in sorted(info.group_sizes, reverse=True):
             ending = "" if len(info.group_sizes) == 1 else f"-g{group}" if group else "-row"
-            choices[info.name + ending] = FormatChoice(info.name + ending, info.name, group)
+            choices[info.name + ending] = FormatChoice(info.name + ending, info.name, group, info.rotates)
     return choices
 
 
 FORMAT_CHOICES: Mapping[str, FormatChoice] = MappingProxyType(_format_choices())
-"""All formats and group sizes by name."""
+"""All formats and group sizes by name, rotated where the format rotates."""
+
+PLAIN = "-plain"
+"""Ending of a name of `FORMAT_CHOICES`, or of a format, for columns that are not rotated."""
 
 _DEFAULT_NAMES = {
     info.name: name
@@ -159,7 +165,7 @@ def parse_formats(text: str) -> list[FormatChoice]:
     ----------
     text : str
         Names of `FORMAT_CHOICES`, or of `ktk.config.FORMATS` for the group size that layers have by default,
-        with commas between them.
+        with commas between them. With ``-plain`` behind it, a format that rotates does not.
 
     Returns
     -------
@@ -170,12 +176,20 @@ def parse_formats(text: str) -> list[FormatChoice]:
     KtkArgumentError
         If there is no such format.
     """
-    choices = []
-    for word in dict.fromkeys(_DEFAULT_NAMES.get(word, word) for word in _words(text, "format")):
-        if word not in FORMAT_CHOICES:
-            raise KtkArgumentError(f"unknown format {word!r}; valid formats: {', '.join(FORMAT_CHOICES)}")
-        choices.append(FORMAT_CHOICES[word])
-    return choices
+    choices: dict[str, FormatChoice] = {}
+    for word in _words(text, "format"):
+        base = word.removesuffix(PLAIN)
+        choice = FORMAT_CHOICES.get(_DEFAULT_NAMES.get(base, base))
+        if choice is not None and base != word:
+            choice = replace(choice, name=choice.name + PLAIN, rotated=False) if choice.rotated else None
+        if choice is None:
+            rotating = " and ".join(info.name for info in FORMATS.values() if info.rotates)
+            raise KtkArgumentError(
+                f"unknown format {word!r}; valid formats: {', '.join(FORMAT_CHOICES)}; names of {rotating} "
+                f"also with {PLAIN} behind them, for columns that are not rotated"
+            )
+        choices[choice.name] = choice
+    return list(choices.values())
 
 
 def parse_batches(text: str, name: str = "batch") -> list[int]:

@@ -311,6 +311,7 @@ class Layers:
                     max_tokens=max_tokens,
                     format=choice.code,
                     group_size=choice.group_size,
+                    rotated=choice.rotated,
                     isa=isa,
                     layer_index=index,
                 )

@@ -21,7 +21,7 @@ __all__ = ["bench"]
 QUICK = {"shapes": "qwen3", "formats": "bf16,int8,int4", "batches": "1,16,256"}
 FULL = {
     "shapes": "dsv3,qwen3,mixtral,awkward",
-    "formats": "bf16,int8-g128,int8-row,int4-g128,int4-g32,int4-row",
+    "formats": "bf16,int8-g512,int8-g128-plain,int8-row,int4-g128,int4-g32,int4-row",
     "batches": "1,4,16,64,256,1024,4096",
 }
 GIGA = 10**9
@@ -34,7 +34,7 @@ def bench(
     ] = None,
     formats: Annotated[
         str | None,
-        typer.Option(help="bf16, int8-g128, int8-row, int4-g128, int4-g32, int4-row ...; with commas."),
+        typer.Option(help="bf16, int8-g512, int8-row, int4-g32 ..., -plain: not rotated; with commas."),
     ] = None,
     batches: Annotated[
         str | None, typer.Option(help="Tokens of a forward, with commas.", show_default="1 to 4096")

@@ -16,6 +16,7 @@ from rich.table import Table
 __all__ = [
     "Format",
     "GroupSize",
+    "Rotated",
     "Isa",
     "Json",
     "Threads",
@@ -42,7 +43,16 @@ GroupSize = Annotated[
     int | None,
     typer.Option(
         "--group-size",
-        help="Input columns a scale, 32 (default of int4), 64 or 128 (default of int8); 0: one scale a row.",
+        help="Input columns a scale: 32 (default of int4), 64, 128, for int8 also 256 and 512 (its default); "
+        "0: one scale a row.",
+    ),
+]
+Rotated = Annotated[
+    bool | None,
+    typer.Option(
+        "--rotated/--no-rotated",
+        help="int8, int4: whether columns are rotated before they are quantised. Default: yes.",
+        show_default=False,
     ),
 ]
 Threads = Annotated[

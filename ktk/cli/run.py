@@ -37,6 +37,7 @@ def run(
     ],
     format: shared.Format = shared.WeightFormat.int8,
     group_size: shared.GroupSize = None,
+    rotated: shared.Rotated = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 128,
     temperature: Annotated[
         float, typer.Option("--temperature", "-t", min=0.0, help="0: always the most likely token.")
@@ -64,7 +65,7 @@ def run(
     from ktk.integrations.transformers import Options, layers_of, load_model
 
     shared.quiet_transformers()
-    options = Options(format=format.value, group_size=group_size, isa=isa, threads=threads)
+    options = Options(format=format.value, group_size=group_size, rotated=rotated, isa=isa, threads=threads)
     began = time.perf_counter()
     with shared.layer_progress("packing", not json) as progress:
         model = load_model(model_dir, options, dtype=dtype.value, packed=packed, progress=progress)
@@ -91,6 +92,7 @@ def run(
         "architecture": model.config.architectures[0] if adapter else type(model).__name__,
         "format": format.value,
         "group_size": layers[0].config.groups,
+        "rotated": layers[0].config.rotates,
         "isa": layers[0].isa,
         "threads": layers[0].cpu_infer.native_pool.thread_count,
         "layers": len(layers),

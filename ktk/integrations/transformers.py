@@ -33,7 +33,7 @@ from ktk.errors import KtkArgumentError, KtkUnsupportedError
 from ktk.layer import Experts, shared_cpu_infer
 from ktk.runtime import CPUInfer, WorkerPoolConfig
 from ktk.weights import Checkpoint, CheckpointLayer, discard_packed, find_packed, packed_path
-from ktk.weights.kt_kernel import stored_group_size
+from ktk.weights.stored import stored_layout
 
 __all__ = [
     "IMPLEMENTATION",
@@ -67,8 +67,12 @@ class Options:
     format : str, default "bf16"
         ``"bf16"``, ``"int8"`` or ``"int4"``.
     group_size : int, optional
-        int8, int4: input columns of a group, 32 (default of int4), 64 or 128 (default of int8); 0: one scale
-        a row and no groups.
+        int8, int4: input columns of a group, 32 (default of int4), 64 or 128, in int8 also 256 or 512 (its
+        default); 0: one scale a row and no groups. Packed files and weights of kt-kernel bring their own
+        default.
+    rotated : bool, optional
+        int8, int4: whether columns are rotated before they are quantised, see `ktk.config.LayerConfig`.
+        Default: True for these, unless packed files or weights of kt-kernel are not.
     strict : bool, default False
         One kernel family for all batch sizes.
     isa : str, optional
@@ -82,6 +86,7 @@ class Options:
 
     format: str = "bf16"
     group_size: int | None = None
+    rotated: bool | None = None
     strict: bool = False
     isa: str | None = None
     threads: int | WorkerPoolConfig | CPUInfer | None = None
@@ -224,6 +229,7 @@ def _layer_config(name: str, module: Any, sizes: tuple[int, int, int], options: 
         intermediate_size=intermediate,
         format=options.format,
         group_size=options.group_size,
+        rotated=options.rotated,
         swiglu_limit=activation.limit,
         swiglu_alpha=activation.alpha,
         max_tokens=options.max_tokens,
@@ -501,9 +507,10 @@ def _load_layer(
     cpu: CPUInfer,
     keep_packed: bool,
 ) -> Experts:
-    stored = stored_group_size(packed, config.layer_idx, config.format)
-    if stored is not None and options.group_size is None:
-        config = dataclasses.replace(config, group_size=stored)
+    stored = stored_layout(packed, config.layer_idx, config.format)
+    if stored is not None:
+        group_size, rotated = stored.complete(options.group_size, options.rotated)
+        config = dataclasses.replace(config, group_size=group_size, rotated=rotated)
     layer = Experts(config, cpu_infer=cpu)
     if packed is None:
         layer.load_checkpoint(root)

@@ -17,8 +17,8 @@ from ktk.sft.base import BaseSFTMoEWrapper
 from ktk.sft.config import SFTMethod, sft_method
 from ktk.sft.errors import KTAMXNotAvailableError
 from ktk.sft.native import Policy, TrainableExperts
-from ktk.weights.kt_kernel import stored_group_size
 from ktk.weights.packed import find_packed
+from ktk.weights.stored import complete_layout
 
 __all__ = ["AMXSFTMoEWrapper", "make_sft_wrapper"]
 
@@ -237,6 +237,7 @@ def make_sft_wrapper(
     lora_dropout: float = 0.0,
     max_cache_depth: int = 1,
     group_size: int | None = None,
+    rotated: bool | None = None,
     full_weight_grad: bool = False,
     swiglu_limit: float = 0.0,
     swiglu_alpha: float = 0.0,
@@ -263,8 +264,7 @@ def make_sft_wrapper(
     columns = group_size if kind.format == "int4" else None
     if columns is None:
         columns = kind.group_size
-    if columns is None:
-        columns = stored_group_size(weight_path, layer_idx, kind.format)
+    columns, rotated = complete_layout(weight_path, layer_idx, kind.format, columns, rotated)
     config = LayerConfig(
         num_experts=num_experts,
         num_experts_per_tok=num_experts_per_tok,
@@ -272,6 +272,7 @@ def make_sft_wrapper(
         intermediate_size=moe_intermediate_size,
         format=kind.format,
         group_size=columns,
+        rotated=rotated,
         swiglu_limit=swiglu_limit,
         swiglu_alpha=swiglu_alpha,
         max_tokens=chunked_prefill_size,

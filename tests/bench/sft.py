@@ -100,6 +100,7 @@ class Layer:
             intermediate_size=shape.intermediate_size,
             format=choice.format,
             group_size=choice.group_size,
+            rotated=choice.rotated,
             max_tokens=tokens,
             isa=isa,
         )

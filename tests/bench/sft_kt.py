@@ -8,7 +8,7 @@ by round, of the sums of both. Before that each side is held against the layer i
 tokens: `errors` are relative L2 errors of the output and of the gradients of the input, of the routing
 weights and of one adapter.
 
-kt_sft_bf16 is held against bf16, kt_sft_int8 against int8-g128. kt-kernel 0.7.2 fine-tunes with AMX only; put
+kt_sft_bf16 is held against bf16, kt_sft_int8 against int8-g512. kt-kernel 0.7.2 fine-tunes with AMX only; put
 its wheel, unpacked, in FOLDER. Its pool gets one thread less than there are CPUs (--kt-threads).
 """
 
@@ -36,7 +36,7 @@ ERROR_TOKENS = 32
 SCALE = 2.0  # of the adapters: alpha / rank
 
 #: kt-kernel's class, and the ktk format beside it.
-PEERS = {"kt_sft_bf16": ("AMXBF16_SFT_MOE", "bf16"), "kt_sft_int8": ("AMXInt8_SFT_MOE", "int8-g128")}
+PEERS = {"kt_sft_bf16": ("AMXBF16_SFT_MOE", "bf16"), "kt_sft_int8": ("AMXInt8_SFT_MOE", "int8-g512")}
 
 
 class Step:

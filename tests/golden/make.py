@@ -21,6 +21,8 @@ FORMATS = (
     Format(2),
     *(Format(2, group) for group in (32, 64, 128)),
     Format(3, 128),
+    *(Format(1, group, rotated=True) for group in (512, 0)),
+    *(Format(2, group, rotated=True) for group in (32, 128)),
 )
 
 if __name__ == "__main__":

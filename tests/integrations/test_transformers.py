@@ -22,11 +22,11 @@ pytestmark = pytest.mark.any_binding
 
 FORMS = {
     "bf16": (Options(format="bf16", threads=2), Format(0)),
-    "int8": (Options(format="int8", threads=2), Format(1, 128)),
-    "int8-row": (Options(format="int8", group_size=0, threads=2), Format(1)),
-    "int4": (Options(format="int4", threads=2), Format(2, 32)),
+    "int8": (Options(format="int8", threads=2), Format(1, 512, rotated=True)),
+    "int8-row": (Options(format="int8", group_size=0, rotated=False, threads=2), Format(1)),
+    "int4": (Options(format="int4", threads=2), Format(2, 32, rotated=True)),
     "int4-symmetric-64": (
-        Options(format="int4", group_size=64, threads=2),
+        Options(format="int4", group_size=64, rotated=False, threads=2),
         Format(2, 64),
     ),
 }
@@ -133,6 +133,13 @@ def test_packed_folder_is_written_once_and_read_after(tmp_path: Path, tokens: to
     assert torch.equal(logits(first, tokens), logits(second, tokens))
     with pytest.raises(KtkArgumentError, match="group_size"):
         integration.load_model(checkpoint("mixtral"), Options(format="int4", group_size=32), packed=folder)
+    with pytest.raises(KtkArgumentError, match="rotated True, and this layer has False"):
+        integration.load_model(checkpoint("mixtral"), Options(format="int4", rotated=False), packed=folder)
+    # What is left open is as the files have it.
+    third = integration.load_model(
+        checkpoint("mixtral"), Options(format="int4"), dtype=torch.float32, packed=folder
+    )
+    assert torch.equal(logits(third, tokens), logits(first, tokens))
 
 
 def test_every_dtype_of_the_rest(tokens: torch.Tensor) -> None:

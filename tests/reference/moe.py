@@ -16,10 +16,8 @@ import numpy.typing as npt
 
 from .packing import ExpertWeights, Format
 from .quantise import TINY, QuantisedMatrix, groups_of, quantise_symmetric8
+from .rotation import rotate, rotate_with_bound
 from .rounding import BF16, F32, U32, Array, F32Array, F64Array, fma32, round_bf16, round_to, to_f32, ulp
-
-#: Columns of the intermediate that share one activation scale, and the unit that NUMA shards are cut in.
-Z_GROUP = 128
 
 #: Relative error of the fp32 activation function, in units of U32: 4 for the exponential (two steps), one
 #: each for 1 + e, the division and the product, and one for the terms of second order.
@@ -75,13 +73,13 @@ def _quantised_groups(values: F32Array, group: int) -> tuple[npt.NDArray[np.int8
     return q, scale
 
 
-def shards_of(intermediate_size: int, count: int) -> list[slice]:
-    """Columns of the intermediate that each NUMA shard owns: whole blocks of 128, the first take the rest."""
-    blocks = -(-intermediate_size // Z_GROUP)
+def shards_of(intermediate_size: int, count: int, group: int = 128) -> list[slice]:
+    """Columns of the intermediate that each NUMA shard owns: whole groups, the first shards take the rest."""
+    blocks = -(-intermediate_size // group)
     base, rest = divmod(blocks, count)
     out, start = [], 0
     for shard in range(count):
-        end = start + (base + (shard < rest)) * Z_GROUP
+        end = start + (base + (shard < rest)) * group
         out.append(slice(min(start, intermediate_size), min(end, intermediate_size)))
         start = end
     return out
@@ -130,7 +128,7 @@ class Layer:
         return _Expert(
             self.form.quantise(weights.gate),
             self.form.quantise(weights.up),
-            self.form.quantise(weights.down),
+            self.form.down.quantise(weights.down),
             bias(weights.gate_bias, self.intermediate_size),
             bias(weights.up_bias, self.intermediate_size),
             bias(weights.down_bias, self.hidden_size),
@@ -160,7 +158,8 @@ class Layer:
         if self.form.integer:
             # For each segment the integer sum to fp32 and the product of the scales; and an addition each.
             columns = slice(0, weight.shape[1])
-            additions = 2 + len(segments_of(columns, self.form.scale_group, input_group))
+            assert isinstance(matrix, QuantisedMatrix)
+            additions = 2 + len(segments_of(columns, matrix.group, input_group))
         else:
             additions = min(weight.shape[1], int(CONFIDENCE * np.sqrt(weight.shape[1])))
         error = x.error @ np.abs(weight).T
@@ -198,15 +197,20 @@ class Layer:
         past = (-slope * g > EXPONENTIAL_END - 1) * np.abs(g) * (1.001 * np.exp(-EXPONENTIAL_END))
         return Bounded(value, error + past * np.abs(u) + 2.0**-149)
 
+    def rotated(self, z: Bounded) -> Bounded:
+        """Columns times the rotation, if the layer has one."""
+        return Bounded(*rotate_with_bound(z.value, z.error)) if self.form.rotated else z
+
     def _requantise(self, z: Bounded) -> Bounded:
         """Intermediate as the down product reads it; an ambiguous rounding counts with its whole step."""
+        z = self.rotated(z)
         low, high = z.value - z.error, z.value + z.error
         if not self.form.integer:
             middle, bottom, top = (round_to(v, BF16) for v in (z.value, low, high))
             return Bounded(middle, np.maximum(np.abs(top - middle), np.abs(middle - bottom)))
         value = np.zeros_like(z.value)
         error = np.zeros_like(z.value)
-        for part in groups_of(z.value.shape[1], Z_GROUP):
+        for part in groups_of(z.value.shape[1], self.form.z_group):
             v, lo, hi = z.value[:, part], low[:, part], high[:, part]
             middle, _ = self._scaled(v, np.abs(v).max(axis=1))
             least = np.maximum(np.maximum(np.abs(v) - z.error[:, part], 0).max(axis=1), 0)
@@ -238,20 +242,15 @@ class Layer:
         q = self._steps(values, amax)
         return q * self._scale(amax), q
 
-    @property
-    def input_group(self) -> int:
-        """Columns of the input that share a scale; 0 where weights have one a row, and so has the input."""
-        return Z_GROUP if self.form.scale_group else 0
-
     def _quantised_input(self, x: Array) -> tuple[npt.NDArray[np.int8], F32Array]:
         """Integers (B, H) and scales (B, groups)."""
-        return _quantised_groups(to_f32(x), self.input_group)
+        return _quantised_groups(self.form.rows(x), self.form.input_group)
 
     def _input(self, x: Array) -> Bounded:
         if self.form.integer:
             q, scale = self._quantised_input(x)
             value = q.astype(np.float64)
-            for index, part in enumerate(groups_of(x.shape[1], self.input_group)):
+            for index, part in enumerate(groups_of(x.shape[1], self.form.input_group)):
                 value[:, part] *= scale[:, index : index + 1].astype(np.float64)
         else:
             value = round_bf16(x).astype(np.float64)
@@ -288,10 +287,10 @@ class Layer:
         for expert_id, where, slot in self.contributions(ids):
             expert = self.experts[expert_id]
             part = Bounded(quantised.value[where], quantised.error[where])
-            gate = self._matmul(part, expert.gate, expert.gate_bias, self.input_group)
-            up = self._matmul(part, expert.up, expert.up_bias, self.input_group)
+            gate = self._matmul(part, expert.gate, expert.gate_bias, self.form.input_group)
+            up = self._matmul(part, expert.up, expert.up_bias, self.form.input_group)
             z = self._requantise(self.activate(gate, up))
-            y = self._matmul(z, expert.down, expert.down_bias, Z_GROUP)
+            y = self._matmul(z, expert.down, expert.down_bias, self.form.z_group)
             w = weights[where, slot].astype(np.float64)[:, None]
             value[where] += w * y.value
             error[where] += np.abs(w) * y.error
@@ -357,7 +356,8 @@ class Layer:
         if not self.form.integer:
             raise ValueError("the order of sums in bf16 belongs to the ISA")
         rows = x.shape[0]
-        cuts = shards_of(self.intermediate_size, shards)
+        z_group = self.form.z_group
+        cuts = shards_of(self.intermediate_size, shards, z_group)
         partial = np.zeros((shards, rows, self.hidden_size), np.float32)
         q, scale = self._quantised_input(x)
         every = slice(0, self.hidden_size)
@@ -366,12 +366,13 @@ class Layer:
             assert isinstance(expert.gate, QuantisedMatrix) and isinstance(expert.up, QuantisedMatrix)
             assert isinstance(expert.down, QuantisedMatrix)
             gate, up = (
-                self._integer_matmul(q[where], scale[where], self.input_group, matrix, every) + bias
+                self._integer_matmul(q[where], scale[where], self.form.input_group, matrix, every) + bias
                 for matrix, bias in ((expert.gate, expert.gate_bias), (expert.up, expert.up_bias))
             )
-            zq, z_scale = _quantised_groups(activate(gate, up, self.activation), Z_GROUP)
+            z = activate(gate, up, self.activation)
+            zq, z_scale = _quantised_groups(rotate(z) if self.form.rotated else z, z_group)
             for shard, columns in enumerate(cuts):
-                y = self._integer_matmul(zq, z_scale, Z_GROUP, expert.down, columns)
+                y = self._integer_matmul(zq, z_scale, z_group, expert.down, columns)
                 if shard == 0:
                     y = y + expert.down_bias
                 partial[shard, where] = fma32(weights[where, slot][:, None], y, partial[shard, where])

@@ -15,6 +15,7 @@ from .quantise import (
     quantise_int4,
     quantise_int8,
 )
+from .rotation import rotate
 from .rounding import BF16, Array, F32Array, round_bf16, to_f32
 
 U8Array = npt.NDArray[np.uint8]
@@ -46,10 +47,13 @@ class Format:
         FORMAT_BF16, FORMAT_INT8, FORMAT_INT4 or FORMAT_FP8.
     group : int
         INT8, INT4: input columns of a group, 0 for one scale a row and no groups; FP8: 128; 0 otherwise.
+    rotated : bool
+        INT8, INT4: whether columns are rotated before they are quantised.
     """
 
     kind: int
     group: int = 0
+    rotated: bool = False
 
     @property
     def integer(self) -> bool:
@@ -62,6 +66,21 @@ class Format:
         return 0 if self.kind == FORMAT_INT4 else self.group
 
     @property
+    def input_group(self) -> int:
+        """Columns of the layer's input that share a scale, 0 for the whole row."""
+        return max(self.scale_group, 128) if self.scale_group else 0
+
+    @property
+    def z_group(self) -> int:
+        """Columns of the intermediate that share a scale, and the unit that NUMA shards are cut in."""
+        return 256 if self.rotated else 128
+
+    @property
+    def down(self) -> Format:
+        """Format of the down projection: no group is wider than those of the intermediate."""
+        return dataclasses.replace(self, group=min(self.group, self.z_group))
+
+    @property
     def k_step(self) -> int:
         """Input columns of one tile."""
         return 64 if self.integer else 32
@@ -71,9 +90,8 @@ class Format:
             return "bf16"
         if self.kind == FORMAT_FP8:
             return "fp8"
-        if self.kind == FORMAT_INT8:
-            return f"int8-{self.group or 'row'}"
-        return f"int4-{self.group or 'row'}"
+        name = "int8" if self.kind == FORMAT_INT8 else "int4"
+        return f"{name}-{self.group or 'row'}{'-rotated' if self.rotated else ''}"
 
     def quantise(self, weights: Array) -> QuantisedMatrix | F32Array:
         """Weights as the products see them: a `QuantisedMatrix`, or bf16 values kept as fp32."""
@@ -81,9 +99,14 @@ class Format:
             return round_bf16(weights)
         if self.kind == FORMAT_FP8:
             return quantise_fp8(to_f32(weights)).values()
+        values = self.rows(weights)
         if self.kind == FORMAT_INT8:
-            return quantise_int8(to_f32(weights), self.group)
-        return quantise_int4(to_f32(weights), self.group)
+            return quantise_int8(values, self.group)
+        return quantise_int4(values, self.group)
+
+    def rows(self, values: Array) -> F32Array:
+        """Rows in fp32 as they are quantised: rotated or not."""
+        return rotate(to_f32(values)) if self.rotated else to_f32(values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,13 +209,12 @@ def _stored_scale(matrix: QuantisedMatrix | BlockScaled) -> npt.NDArray[np.gener
 
 def pack(weights: ExpertWeights, form: Format) -> dict[str, U8Array]:
     """All parts of one expert as flat bytes, keyed by `PART_NAMES`; empty where the format has none."""
-    quantise = form.quantise
-    if form.kind == FORMAT_FP8:
 
-        def quantise(weights: Array) -> BlockScaled:
-            return quantise_fp8(to_f32(weights))
+    def quantise(matrix: Array, form: Format) -> QuantisedMatrix | BlockScaled | F32Array:
+        return quantise_fp8(to_f32(matrix)) if form.kind == FORMAT_FP8 else form.quantise(matrix)
 
-    gate, up, down = (quantise(w) for w in (weights.gate, weights.up, weights.down))
+    gate, up = (quantise(matrix, form) for matrix in (weights.gate, weights.up))
+    down = quantise(weights.down, form.down)
     parts = {name: np.zeros(0, np.uint8) for name in PART_NAMES}
     parts["gate_up_weight"] = _bytes(np.stack([pack_weight(gate, form), pack_weight(up, form)], axis=2))
     parts["down_weight"] = _bytes(pack_weight(down, form))

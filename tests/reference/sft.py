@@ -14,7 +14,8 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from .moe import CONFIDENCE, Z_GROUP, Bounded, IdArray, Layer, _Expert, _values
+from .moe import CONFIDENCE, Bounded, IdArray, Layer, _Expert, _values
+from .rotation import mean_of_blocks, rotate_with_bound, rotated64
 from .rounding import BF16, F32, U32, Array, F32Array, F64Array, round_bf16, to_f32, ulp
 
 #: Unit roundoff of bf16.
@@ -50,16 +51,26 @@ def plus(a: Bounded, b: Bounded) -> Bounded:
     return Bounded(value, error + U32 * (np.abs(value) + error))
 
 
-def product(a: Bounded, b: Bounded) -> Bounded:
-    """a @ b with fp32 sums in any order."""
+def product(a: Bounded, b: Bounded, rotated: bool = False) -> Bounded:
+    """a @ b with fp32 sums in any order; rotated after that, if `rotated`.
+
+    A rotated result has the errors of 64 others, each over 8. Their sources are those of the operands, which
+    are independent: of `b` 64 times as many, and of `a` as many, times the rotated columns of `b`.
+    """
     terms = a.value.shape[1]
     size_a, size_b = np.abs(a.value), np.abs(b.value)
     magnitude = (size_a + a.error) @ (size_b + b.error)
     linear = size_a @ b.error + a.error @ (size_b + b.error)
-    spread = CONFIDENCE * np.sqrt(size_a**2 @ b.error**2 + a.error**2 @ (size_b**2 + b.error**2))
     sums = min(terms, CONFIDENCE * np.sqrt(terms)) * U32 * magnitude
-    flushed = terms * 2.0**-126 + 2.0**-126 * (size_a.sum(1)[:, None] + size_b.sum(0)[None, :])
-    return Bounded(a.value @ b.value, np.minimum(linear, spread) + sums + flushed)
+    sums = sums + terms * 2.0**-126 + 2.0**-126 * (size_a.sum(1)[:, None] + size_b.sum(0)[None, :])
+    value, squares = a.value @ b.value, b.error**2
+    if rotated:
+        exactly = np.zeros_like(value)
+        linear = rotate_with_bound(exactly, linear)[1]
+        value, sums = rotate_with_bound(value, sums)
+        size_b, squares = np.abs(rotated64(b.value)), mean_of_blocks(squares)
+    spread = CONFIDENCE * np.sqrt(size_a**2 @ squares + a.error**2 @ (size_b**2 + squares))
+    return Bounded(value, np.minimum(linear, spread) + sums)
 
 
 def transposed(a: Bounded) -> Bounded:
@@ -223,8 +234,8 @@ class Trainer:
         for part in self._passes(x, ids):
             expert = layer.experts[part.expert]
             z = layer.activate(part.gate, part.up)
-            y = layer._matmul(layer._requantise(z), expert.down, expert.down_bias, Z_GROUP)
-            size = np.abs(z.value) @ np.abs(_values(expert.down)).T
+            y = layer._matmul(layer._requantise(z), expert.down, expert.down_bias, layer.form.z_group)
+            size = np.abs(layer.rotated(z).value) @ np.abs(_values(expert.down)).T
             if adapters is not None:
                 middle = self._down_middle(part, rounded(z))
                 added = product(
@@ -323,7 +334,9 @@ class Trainer:
             w = weights[where, part.slot].astype(np.float64)[:, None]
             out = taken(grad_output, where)
             z, by_gate, by_up = self.activation_gradient(rounded(part.gate), rounded(part.up))
-            dz = product(rounded(out) if row_scaled else out, self._stored(expert, "down"))
+            # A rotation is its own inverse: gradients of rotated columns go back through it.
+            turned = layer.form.rotated
+            dz = product(rounded(out) if row_scaled else out, self._stored(expert, "down"), turned)
             if adapters is not None:
                 scale = float(np.float32(adapters.scale))
                 through = product(out, adapters.of("down_lora_b", index))
@@ -346,7 +359,8 @@ class Trainer:
             d_gate = rounded(times(weighted, by_gate))
             d_up = rounded(times(weighted, by_up))
             gradient = plus(
-                product(d_gate, self._stored(expert, "gate")), product(d_up, self._stored(expert, "up"))
+                product(d_gate, self._stored(expert, "gate"), turned),
+                product(d_up, self._stored(expert, "up"), turned),
             )
             size = np.abs(d_gate.value) @ np.abs(_values(expert.gate)) + np.abs(d_up.value) @ np.abs(
                 _values(expert.up)

@@ -193,6 +193,7 @@ def test_int4_methods_of_kt_kernel(name: str, suffix: str) -> None:
     for given, columns in (({}, 128), ({"group_size": 32, "zero_point": True}, 32)):
         wrapper: Any = KTMoEWrapper(**sizes, **given)
         assert (wrapper.experts.config.format, wrapper.experts.config.groups) == ("int4", columns)
+        assert wrapper.experts.config.rotated
         assert wrapper.trains_lora == (not suffix)
         wrapper.close()
     method = KTConfig(backend=name.removesuffix("_SFT")).method

@@ -19,7 +19,9 @@ constexpr int kPanelColumns = 16;      // output neurons of one panel: a tile's 
 constexpr int kBlockRows = 16;         // rows of one block of activations: a tile's rows
 constexpr int kStepBytes = 64;         // bytes of K that one step advances each row
 constexpr int kActivationGroup = 128;  // columns of a row of activations that share a scale, where they do
-constexpr int kIntermediateGroup = kActivationGroup;  // columns of the intermediate that share one
+constexpr int kRotatedGroup = 256;     // columns of a rotated intermediate that share one
+constexpr int kRotation = 64;          // columns that a rotation mixes
+constexpr int kMostGroupColumns = 512;
 constexpr int kPassRows = 512;    // most rows of one pass over weight panels (see kernels/expert.h)
 constexpr int kFormats = 4;       // values of ktk_format
 constexpr int kScaleBlock = 128;  // columns of e4m3 weights that share a scale
@@ -41,6 +43,10 @@ struct Gemm {
   int32_t factor_shift;     // column >> factor_shift: its group of factors
   int32_t sums;             // of a row of activations, see FormatKernels::pair_sums
   int32_t sums_per_row_group;
+  // Columns of the intermediate that are made together, because they share a scale where there are scales: of
+  // the gemm that multiplies with it.
+  int32_t row_group_columns;
+  int32_t rotated;  // columns are those of the model times the rotation of docs/numerics.md
 };
 
 // One expert's activations; scale [rows][row_groups], sum [rows][sums]: integer formats only.
@@ -82,10 +88,9 @@ struct GateUpArgs {
   Rows input;
   Rows output;
   int32_t rows;
-  // Of the shard: up to kMostGroups whole groups of kIntermediateGroup, or a part of one that begins on a
-  // step.
+  // Of the shard: whole groups of the intermediate, or a part of one that begins on a step.
   int32_t first_column, last_column;
-  // Of a group computed in parts, integer formats: [rows][kIntermediateGroup], and parts not done yet.
+  // Of a group computed in parts, integer formats: [rows][columns of a group], and parts not done yet.
   float *group_values;
   int32_t *parts_left;
   float limit, alpha;
@@ -96,11 +101,11 @@ struct GateUpArgs {
 
 // Scratch of a worker: a pass's sums for the gate and up columns of a group, then their activations. A unit
 // of more columns takes fewer rows a pass.
-constexpr int kSumFloats = kPassRows * 2 * kIntermediateGroup;
-constexpr int kMostGroups = 2;  // of gate and up, in one unit of work
-constexpr int kMostPanels =
-    2 * kMostGroups * kIntermediateGroup / kPanelColumns;  // of gate and up, or of down
-constexpr int kScratchFloats = kSumFloats + kPassRows * kIntermediateGroup;
+constexpr int kSumFloats = kPassRows * 2 * kActivationGroup;
+constexpr int kMostUnitColumns = 256;                              // of the intermediate, in one unit of work
+constexpr int kMostPanels = 2 * kMostUnitColumns / kPanelColumns;  // of gate and up, or of down
+constexpr int kScratchFloats = kSumFloats + kPassRows * kRotatedGroup;
+static_assert(kRotatedGroup <= kMostUnitColumns, "a unit holds whole groups");
 
 struct DownArgs {
   const Gemm *gemm;  // depth = the shard's intermediate size
@@ -133,6 +138,7 @@ struct FinishArgs {
   void *output;  // [tokens][hidden_size]
   int32_t dtype;
   int32_t incremental;
+  int32_t rotated;  // the sums are of rotated columns, to be rotated back; first_column is on kRotation
 };
 
 struct PackArgs {

@@ -130,7 +130,8 @@ struct MultiplyArgs {
   int32_t strict;
   float *out;
   int64_t stride;
-  float *scratch;  // kScratchFloats
+  float *scratch;           // kScratchFloats
+  int32_t rotated_columns;  // of the product, to be rotated back; 0: none
 };
 
 // The way back through the activation, for columns [first_column, first_column + columns) of a shard.
@@ -155,7 +156,7 @@ struct ActivationBackwardArgs {
 
 // target[target_rows[i]][0 .. columns) += source row i times its dropout factors.
 struct AddDroppedArgs {
-  const float *values;  // [last - first][stride]
+  float *values;  // [last - first][stride]; overwritten
   int64_t stride;
   int32_t first, last, first_column, columns;
   const int32_t *dropout_rows;
@@ -163,6 +164,7 @@ struct AddDroppedArgs {
   const int32_t *target_rows;  // null: first .. last - 1 go to 0 ..
   float *target;
   int64_t target_stride;
+  int32_t rotated_columns;  // of what is added: rotated first; 0: none
 };
 
 // Rows [0, rows) and columns [0, columns) of sums into the caller's matrix, straight or transposed.

@@ -43,7 +43,7 @@ struct Moe::Batch {
   struct Shard {
     Rows intermediate;
     int32_t unit_columns;  // of the intermediate, made by one unit of work
-    // Where units are parts of groups: [expert][group][rows][kIntermediateGroup], and [expert][group] of
+    // Where units are parts of groups: [expert][group][rows][columns of a group], and [expert][group] of
     // parts that are not done. Else null.
     float *group_values;
     int32_t *parts_left;

@@ -78,20 +78,15 @@ ExpertStore::ExpertStore(const ktk_moe_config &config, const FormatKernels &kern
       hidden_size_(config.hidden_size),
       intermediate_size_(config.intermediate_size),
       present_(static_cast<size_t>(config.num_experts)) {
-  // Where weights have a scale a row, so has the input: its products are one segment.
-  const int32_t input_group = config.group_size > 0 && !kernels.factors ? kActivationGroup : 0;
-  const auto gate_up = [&] { return make_gemm(kernels, hidden_size_, config.group_size, input_group); };
-  const auto down = [&](int32_t depth) {
-    return make_gemm(kernels, depth, config.group_size, kActivationGroup);
-  };
-  gate_up_ = gate_up();
-  down_ = down(intermediate_size_);
-  const std::vector<ShardRange> ranges = split_intermediate(intermediate_size_, pool.subpools());
+  gate_up_ = gate_up_gemm(kernels, config);
+  down_ = down_gemm(kernels, config, intermediate_size_);
+  const std::vector<ShardRange> ranges =
+      split_intermediate(intermediate_size_, down_.row_group_columns, pool.subpools());
   for (size_t i = 0; i < ranges.size(); i++) {
     Shard shard{};
     shard.range = ranges[i];
-    shard.gate_up = gate_up();
-    shard.down = down(shard.columns());
+    shard.gate_up = gate_up_;
+    shard.down = down_gemm(kernels, config, shard.columns());
     shard.panels = divide_up(shard.columns(), kPanelColumns);
     if (!shard.empty()) {
       int64_t offset = 0;

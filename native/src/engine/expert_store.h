@@ -34,6 +34,8 @@ class ExpertStore {
   const Shard &shard(int index) const { return shards_[static_cast<size_t>(index)]; }
   // The projection of the unsharded layer that reads the caller's hidden states.
   const Gemm &gate_up() const { return gate_up_; }
+  // Columns of the intermediate that are made together.
+  int32_t group_columns() const { return down_.row_group_columns; }
   bool loaded(int32_t expert) const;
   // Bytes of the experts that are loaded.
   int64_t bytes() const;

@@ -51,14 +51,31 @@ Gemm make_gemm(const FormatKernels &kernels, int32_t depth, int32_t group_size, 
   return gemm;
 }
 
-std::vector<ShardRange> split_intermediate(int32_t intermediate_size, int shards) {
-  const int64_t blocks = divide_up(intermediate_size, kIntermediateGroup);
+Gemm gate_up_gemm(const FormatKernels &kernels, const ktk_moe_config &config) {
+  // Where weights have a scale a row, so has the input: its products are one segment.
+  const bool whole = config.group_size == 0 || kernels.factors != 0;
+  Gemm gemm = make_gemm(kernels, config.hidden_size, config.group_size,
+                        whole ? 0 : std::max(kActivationGroup, config.group_size));
+  gemm.rotated = config.rotated;
+  return gemm;
+}
+
+Gemm down_gemm(const FormatKernels &kernels, const ktk_moe_config &config, int32_t depth) {
+  const int32_t group = config.rotated != 0 ? kRotatedGroup : kActivationGroup;
+  Gemm gemm = make_gemm(kernels, depth, std::min(config.group_size, group), group);
+  gemm.row_group_columns = group;
+  gemm.rotated = config.rotated;
+  return gemm;
+}
+
+std::vector<ShardRange> split_intermediate(int32_t intermediate_size, int32_t group_columns, int shards) {
+  const int64_t blocks = divide_up(intermediate_size, group_columns);
   std::vector<ShardRange> ranges;
   int64_t block = 0;
   for (int shard = 0; shard < shards; shard++) {
     const int64_t next = block + blocks / shards + (shard < blocks % shards ? 1 : 0);
     const auto column = [&](int64_t b) {
-      return static_cast<int32_t>(std::min<int64_t>(b * kIntermediateGroup, intermediate_size));
+      return static_cast<int32_t>(std::min<int64_t>(b * group_columns, intermediate_size));
     };
     ranges.push_back({column(block), column(next)});
     block = next;

@@ -16,13 +16,17 @@ inline bool is_format(int32_t format) { return format >= 0 && format < kFormats;
 // `row_group_columns`: columns that share an activation scale; 0: one for the whole row.
 Gemm make_gemm(const FormatKernels &kernels, int32_t depth, int32_t group_size, int32_t row_group_columns);
 
-// Columns [first, last) of the intermediate that a shard holds; both on kIntermediateGroup, except the end.
+// The projections of a layer: of the input, and of `depth` columns of the intermediate.
+Gemm gate_up_gemm(const FormatKernels &kernels, const ktk_moe_config &config);
+Gemm down_gemm(const FormatKernels &kernels, const ktk_moe_config &config, int32_t depth);
+
+// Columns [first, last) of the intermediate that a shard holds; both on `group_columns`, except the end.
 struct ShardRange {
   int32_t first, last;
 };
-// Whole blocks of kIntermediateGroup, as even as possible, the first shards taking what is left over. No
-// scale group crosses a boundary, so that scales do not depend on the number of shards.
-std::vector<ShardRange> split_intermediate(int32_t intermediate_size, int shards);
+// Whole groups, as even as possible, the first shards taking what is left over. No scale group crosses a
+// boundary, so that scales do not depend on the number of shards.
+std::vector<ShardRange> split_intermediate(int32_t intermediate_size, int32_t group_columns, int shards);
 
 constexpr int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 constexpr int64_t align_up(int64_t value, int64_t alignment) {

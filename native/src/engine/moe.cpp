@@ -45,11 +45,15 @@ ktk_moe_config checked(const ktk_moe_config &config) {
           " is unknown; use ", kFormatsText);
   const bool integer = config.format == KTK_FORMAT_INT8 || config.format == KTK_FORMAT_INT4;
   const int32_t group = config.group_size;
-  require(integer ? group == 0 || group == 32 || group == 64 || group == 128
-                  : group == (config.format == KTK_FORMAT_FP8 ? kScaleBlock : 0),
-          "layer ", config.layer_index, ": group_size ", group,
-          " is not supported; int8 and int4 take 32, 64, 128 or 0 (one scale a row), fp8 takes 128, bf16 "
-          "takes 0");
+  const int32_t most = config.format == KTK_FORMAT_INT8 ? kMostGroupColumns : 128;
+  require(
+      integer ? group == 0 || (group >= 32 && group <= most && (group & (group - 1)) == 0)
+              : group == (config.format == KTK_FORMAT_FP8 ? kScaleBlock : 0),
+      "layer ", config.layer_index, ": group_size ", group,
+      " is not supported; int8 takes 32, 64, 128, 256, 512 or 0 (one scale a row), int4 32, 64, 128 or 0, "
+      "fp8 takes 128, bf16 takes 0");
+  require(integer || config.rotated == 0, "layer ", config.layer_index,
+          ": only int8 and int4 layers can be rotated; format ", config.format, " keeps its columns");
   require(config.swiglu_limit >= 0 && config.swiglu_alpha >= 0, "layer ", config.layer_index,
           ": swiglu_limit and swiglu_alpha must not be negative or NaN, got ", config.swiglu_limit, " and ",
           config.swiglu_alpha);
@@ -161,8 +165,8 @@ bool Moe::wide_units(const Route &route) const {
 // Few rows leave little to do: smaller units then, so that workers of unequal speed end together.
 int32_t Moe::unit_columns(const Route &route, int shard) const {
   const auto experts = static_cast<int64_t>(route.experts.size());
-  int32_t columns = kIntermediateGroup;
-  if (many_rows(route)) return wide_units(route) ? kMostGroups * columns : columns;
+  int32_t columns = store_.group_columns();
+  if (many_rows(route)) return wide_units(route) ? kMostUnitColumns : columns;
   const int64_t enough = kUnitsOfThread * context_->pool.threads(shard);
   while (columns > kLeastUnitColumns &&
          divide_up(store_.shard(shard).columns(), columns) * experts < enough) {
@@ -194,9 +198,10 @@ void Moe::place(Batch &batch, bool measuring) const {
     if (shard.empty()) continue;
     placed.intermediate = rows(arena, row_count, shard.down);
     placed.unit_columns = unit_columns(batch.route, s);
-    if (kernels_.integer && placed.unit_columns < kIntermediateGroup) {
-      const int64_t groups = divide_up(shard.columns(), kIntermediateGroup);
-      placed.group_values = arena.place<float>(row_count * groups * kIntermediateGroup);
+    const int32_t group = store_.group_columns();
+    if (kernels_.integer && placed.unit_columns < group) {
+      const int64_t groups = divide_up(shard.columns(), group);
+      placed.group_values = arena.place<float>(row_count * groups * group);
       placed.parts_left = arena.place<int32_t>(static_cast<int64_t>(batch.route.experts.size()) * groups);
     }
     placed.scratch_floats =
@@ -261,16 +266,17 @@ Weights weights_of(const ExpertStore &store, int shard, int32_t expert, ktk_part
 void Moe::gate_up(Batch &batch) const {
   std::vector<int64_t> units;
   const auto experts = static_cast<int64_t>(batch.route.experts.size());
+  const int64_t group_columns = store_.group_columns();
   for (int s = 0; s < store_.shard_count(); s++) {
     const int64_t columns = store_.shard(s).columns();
     const Batch::Shard &placed = batch.shards[static_cast<size_t>(s)];
     units.push_back(columns == 0 ? 0 : divide_up(columns, placed.unit_columns) * experts);
     if (columns == 0 || placed.parts_left == nullptr) continue;
-    const int64_t groups = divide_up(columns, kIntermediateGroup);
+    const int64_t groups = divide_up(columns, group_columns);
     for (int64_t i = 0; i < experts * groups; i++) {
-      const int64_t left = columns - i % groups * kIntermediateGroup;
+      const int64_t left = columns - i % groups * group_columns;
       placed.parts_left[i] =
-          static_cast<int32_t>(divide_up(std::min<int64_t>(left, kIntermediateGroup), placed.unit_columns));
+          static_cast<int32_t>(divide_up(std::min(left, group_columns), placed.unit_columns));
     }
   }
   const auto unit = [&](int s, int worker, int64_t index) {
@@ -283,10 +289,10 @@ void Moe::gate_up(Batch &batch) const {
     float *group_values = nullptr;
     int32_t *parts_left = nullptr;
     if (placed.parts_left != nullptr) {
-      const int64_t groups = divide_up(shard.columns(), kIntermediateGroup);
-      const int64_t group = column / kIntermediateGroup;
+      const int64_t groups = divide_up(shard.columns(), group_columns);
+      const int64_t group = column / group_columns;
       parts_left = placed.parts_left + which * groups + group;
-      group_values = placed.group_values + (groups * expert.first + group * expert.rows) * kIntermediateGroup;
+      group_values = placed.group_values + (groups * expert.first + group * expert.rows) * group_columns;
     }
     const Rows input = expert.rows == 1 ? rows_from(batch.by_token, shard.gate_up,
                                                     batch.route.tokens[static_cast<size_t>(expert.first)])
@@ -406,7 +412,8 @@ void Moe::down(Batch &batch) const {
                              config_.hidden_size,
                              batch.args.output,
                              batch.args.output_dtype,
-                             batch.args.incremental};
+                             batch.args.incremental,
+                             0};
     backend_.finish(&args);
   };
   run_section(context_->pool, {Stage::down, config_.layer_index}, units.data(), unit);
@@ -483,7 +490,8 @@ void Moe::merge(Batch &batch) const {
                                         config_.hidden_size,
                                         batch.args.output,
                                         batch.args.output_dtype,
-                                        batch.args.incremental};
+                                        batch.args.incremental,
+                                        0};
                backend_.finish(&args);
              });
 }

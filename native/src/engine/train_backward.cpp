@@ -99,6 +99,8 @@ void Training::grad_down(Run &run) const {
         row_scales(moe_.store(), moe_.kernels_, s, expert.id, KTK_PART_GATE_UP_SCALE, shard.gate_up);
     const int64_t stride = run.unit_columns;
     const int64_t gate_up_row = int64_t{part.gate_up_gemm.steps} * kStepBytes;
+    // Products with stored weights are of rotated columns, those with adapters are not.
+    const bool apart = run.dropout || config.rotated != 0;
     LoraProduct lora{};
     const uint8_t *lora_tiles = nullptr;
     if (run.adapted) {
@@ -117,18 +119,22 @@ void Training::grad_down(Run &run) const {
                                      last,
                                      worker.tiles,
                                      panels,
-                                     run.adapted && !run.dropout ? &lora : nullptr,
+                                     run.adapted && !apart ? &lora : nullptr,
                                      0,
                                      config.strict,
                                      worker.out,
                                      stride,
-                                     worker.product};
+                                     worker.product,
+                                     config.rotated != 0 ? columns : 0};
       kernels.multiply(&multiply);
+      if (run.adapted && apart) {
+        float *to = run.dropout ? worker.out2 : worker.out;
+        const MultiplyArgs adapters = {
+            lora.gemm, lora.rows,    expert.rows,   first, last,   lora_tiles,     panels,
+            nullptr,   !run.dropout, config.strict, to,    stride, worker.product, 0};
+        kernels.multiply(&adapters);
+      }
       if (run.dropout) {
-        const MultiplyArgs apart = {lora.gemm,   lora.rows, expert.rows,   first, last,
-                                    lora_tiles,  panels,    nullptr,       0,     config.strict,
-                                    worker.out2, stride,    worker.product};
-        kernels.multiply(&apart);
         const AddDroppedArgs add = {worker.out2,
                                     stride,
                                     first,
@@ -139,7 +145,8 @@ void Training::grad_down(Run &run) const {
                                     run.dropped(share, expert.id, kDown),
                                     nullptr,
                                     worker.out,
-                                    stride};
+                                    stride,
+                                    0};
         kernels.add_dropped(&add);
       }
       const int64_t z_row = int64_t{part.z_gemm.steps} * kStepBytes;
@@ -202,6 +209,8 @@ void Training::add_grad_gate_up(Run &run, int s, int index, int32_t e, int32_t c
       column,         columns,       worker.tiles};
   moe_.kernels_.expand(&expand);
   const Gemm &rank = run.extra.gate_up_rank;
+  // Products with stored weights are of rotated columns, those with adapters are not.
+  const bool apart = run.dropout || config.rotated != 0;
   LoraProduct lora{};
   const bool adapted = run.adapted && s == 0;
   if (adapted) {
@@ -226,17 +235,18 @@ void Training::add_grad_gate_up(Run &run, int s, int index, int32_t e, int32_t c
   down.scratch = worker.product;
   down.sum = sum;
   down.sum_stride = sum_stride;
-  down.lora = adapted && !run.dropout ? &lora : nullptr;
+  down.lora = adapted && !apart ? &lora : nullptr;
   down.await_turn = turn != nullptr ? Turns::await : nullptr;
   down.turn = turn;
   moe_.backend().formats[KTK_FORMAT_BF16].down(&down);
-  if (!adapted || !run.dropout) return;
+  if (!adapted || !apart) return;
   for (const Projection projection : {kGate, kUp}) {
+    if (projection == kUp && !run.dropout) break;  // the input of gate holds both
     uint8_t *rows = run.grad_gate_up_input[projection] + int64_t{expert.first} * rank.steps * kStepBytes;
     for (int32_t first = 0; first < expert.rows; first += kPassRows) {
       const int32_t last = std::min(first + kPassRows, expert.rows);
-      const MultiplyArgs multiply = {&rank,   rows, expert.rows,   first,      last,  lora.tiles,    panels,
-                                     nullptr, 0,    config.strict, worker.out, width, worker.product};
+      const MultiplyArgs multiply = {&rank,   rows, expert.rows,   first,      last,  lora.tiles,     panels,
+                                     nullptr, 0,    config.strict, worker.out, width, worker.product, 0};
       kernels.multiply(&multiply);
       const AddDroppedArgs add = {worker.out,
                                   width,
@@ -245,10 +255,11 @@ void Training::add_grad_gate_up(Run &run, int s, int index, int32_t e, int32_t c
                                   column,
                                   static_cast<int32_t>(width),
                                   run.route.tokens.data() + expert.first,
-                                  run.dropped(share, expert.id, projection),
+                                  run.dropout ? run.dropped(share, expert.id, projection) : Dropout{},
                                   run.route.tokens.data() + expert.first,
                                   sum,
-                                  sum_stride};
+                                  sum_stride,
+                                  config.rotated != 0 ? columns : 0};
       kernels.add_dropped(&add);
     }
   }
@@ -308,7 +319,8 @@ void Training::grad_gate_up(Run &run) const {
                                  hidden,
                                  run.args->grad_input,
                                  run.args->grad_input_dtype,
-                                 0};
+                                 0,
+                                 config.rotated};
       moe_.backend().finish(&finish);
     };
     run_section(moe_.context_->pool, label, units.data(), unit);
@@ -331,7 +343,8 @@ void Training::grad_gate_up(Run &run) const {
                                           hidden,
                                           run.args->grad_input,
                                           run.args->grad_input_dtype,
-                                          0};
+                                          0,
+                                          config.rotated};
                moe_.backend().finish(&finish);
              });
 }

@@ -17,13 +17,13 @@ void Training::Run::sum_gradient(const Backend &backend, const Worker &worker, i
     pack(first, rows, gemm.steps);
     const int64_t offset = block_offset({static_cast<int32_t>(index), first, rows});
     const MultiplyArgs multiply = {
-        &gemm,         const_cast<uint8_t *>(factor) + offset * factor_rows * kStepBytes,
-        factor_rows,   first_row,
-        last_row,      worker.tiles,
-        panels,        nullptr,
-        first > 0,     1,
-        worker.out,    kGradColumns,
-        worker.product};
+        &gemm,          const_cast<uint8_t *>(factor) + offset * factor_rows * kStepBytes,
+        factor_rows,    first_row,
+        last_row,       worker.tiles,
+        panels,         nullptr,
+        first > 0,      1,
+        worker.out,     kGradColumns,
+        worker.product, 0};
     backend.train.multiply(&multiply);
   }
 }
@@ -213,17 +213,17 @@ void Training::grad_base(Run &run) const {
 
   std::vector<int64_t> units;
   for (int s = 0; s < moe_.store().shard_count(); s++) {
-    const int64_t pieces = divide_up(moe_.store().shard(s).columns(), kIntermediateGroup);
+    const int64_t pieces = divide_up(moe_.store().shard(s).columns(), kActivationGroup);
     units.push_back(pieces * 3 * blocks);
   }
   const auto transpose = [&](int s, int, int64_t index) {
     const ExpertStore::Shard &shard = moe_.store().shard(s);
     const Run::Shard &part = run.shards[static_cast<size_t>(s)];
-    const int64_t pieces = divide_up(shard.columns(), kIntermediateGroup);
+    const int64_t pieces = divide_up(shard.columns(), kActivationGroup);
     const Run::Chunk block = run.blocks[static_cast<size_t>(index / (3 * pieces))];
     const auto which = static_cast<int>(index / pieces % 3);
-    const int64_t column = index % pieces * kIntermediateGroup;
-    const auto last = static_cast<int32_t>(std::min<int64_t>(column + kIntermediateGroup, shard.columns()));
+    const int64_t column = index % pieces * kActivationGroup;
+    const auto last = static_cast<int32_t>(std::min<int64_t>(column + kActivationGroup, shard.columns()));
     const Route::Expert &expert = run.expert(block.expert);
     const Gemm gemm = make_gemm(bf16, block.rows, 0, 0);
     uint8_t *to = factor_of(part, shard, which) + run.block_offset(block) * shard.columns() * kStepBytes;

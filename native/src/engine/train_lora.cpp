@@ -184,8 +184,8 @@ void Training::adapter_input(Run &run) const {
       const uint8_t *tiles =
           run.gate_up_a + chunk.expert * run.stacked_panels * int64_t{run.hidden.steps} * kTileBytes;
       const MultiplyArgs multiply = {
-          &run.hidden, worker.operand, chunk.rows, 0,      chunk.rows,    tiles, run.stacked_panels, nullptr,
-          0,           config.strict,  out,        stride, worker.product};
+          &run.hidden, worker.operand, chunk.rows, 0,      chunk.rows,     tiles, run.stacked_panels, nullptr,
+          0,           config.strict,  out,        stride, worker.product, 0};
       multiply_panels(kernels, multiply);
       if (projection == kUp) {
         for (int32_t row = 0; row < chunk.rows; row++) {
@@ -250,7 +250,8 @@ void Training::adapter_middle(Run &run) const {
         config.strict,
         part.down_middle + (expert.first + chunk.first) * run.rank_stride(),
         run.rank_stride(),
-        worker.product};
+        worker.product,
+        0};
     multiply_panels(kernels, multiply);
   };
   run_section(moe_.context_->pool, {Stage::lora_middle, config.layer_index}, units.data(), unit);
@@ -310,7 +311,8 @@ void Training::grad_adapter_input(Run &run) const {
         config.strict,
         middle,
         stride,
-        worker.product};
+        worker.product,
+        0};
     multiply_panels(kernels, multiply);
     const Gemm &gemm = run.extra.down_rank;
     run.load_middle(kernels, chunk, middle, gemm, config_.lora_scale, nullptr, run.grad_down_input);
@@ -346,7 +348,8 @@ void Training::grad_adapter_middle(Run &run) const {
                                    config.strict,
                                    part.grad_gate_up_middle + (expert.first + chunk.first) * stride,
                                    stride,
-                                   run.worker(s, index).product};
+                                   run.worker(s, index).product,
+                                   0};
     multiply_panels(kernels, multiply);
   };
   run_section(moe_.context_->pool, {Stage::grad_lora_middle, config.layer_index}, units.data(), unit);

@@ -36,36 +36,54 @@ constexpr int kFactorBytes = 2 * kPanelColumns;  // of a group in a panel
 // Packing sees a panel as vectors of its 16 output rows, one for each input column: scales and factors are
 // then vectors too, and 4 columns of codes are one line of a tile.
 
-constexpr int kPackColumns = 128;  // columns packed at a time: a multiple of every group and step
+constexpr int kPackColumns = 128;  // columns packed at a time, unless a group has more: a multiple of a step
 
-// `count` values of row n from `column` of the shard on, a multiple of 16; zero past the end and in rows that
-// do not exist. The rows of a panel are too many streams for a processor to foresee.
+// `count` values of row n from `column` of the shard on, a multiple of 16, and of whole rotations where the
+// weights are rotated; zero past the end and in rows that do not exist. The rows of a panel are too many
+// streams for a processor to foresee.
 constexpr int kPackAheadBytes = 1024;
 template <class Ops>
 KTK_INLINE void load_row(const PackArgs *args, int n, int64_t column, int count, float *values) {
-  const int64_t depth = args->gemm->depth, from = args->first_column + column;
+  const Gemm &gemm = *args->gemm;
+  const int64_t from = args->first_column + column;
   const bool exists = args->rows[n] != nullptr;
-  if (exists && column + count <= depth && args->dtype == KTK_DTYPE_BF16) {
+  if (exists && column + count <= gemm.depth && args->dtype == KTK_DTYPE_BF16) {
     const uint16_t *row = (const uint16_t *)args->rows[n] + from;
     for (int c = 0; c < count; c += 32) __builtin_prefetch(row + c + kPackAheadBytes / 2, 0, 0);
     for (int c = 0; c < count; c += 16) Ops::store_f(values + c, Ops::load_bf16(row + c));
-    return;
+  } else {
+    const int64_t last = args->first_column + gemm.depth;
+    for (int c = 0; c < count; c += 16) {
+      Ops::store_f(values + c, exists && column + c < gemm.depth
+                                   ? load_values<Ops>(args->rows[n], args->dtype, from + c, last)
+                                   : Ops::zero_f());
+    }
   }
-  const int64_t last = args->first_column + depth;
-  for (int c = 0; c < count; c += 16) {
-    Ops::store_f(values + c, exists && column + c < depth
-                                 ? load_values<Ops>(args->rows[n], args->dtype, from + c, last)
-                                 : Ops::zero_f());
+  if (gemm.rotated) rotate_values<Ops>(values, least(count, (int)(gemm.depth - column)));
+}
+
+// 64 columns of a panel from `column` of the shard on, [column][16 rows].
+constexpr int kLoadColumns = 64;
+template <class Ops>
+KTK_INLINE void load_columns(const PackArgs *args, int64_t column, float *columns) {
+  alignas(64) float rows[kPanelColumns][kLoadColumns], part[kPanelColumns][16];
+  for (int n = 0; n < kPanelColumns; n++) load_row<Ops>(args, n, column, kLoadColumns, rows[n]);
+  for (int c = 0; c < kLoadColumns; c += 16) {
+    for (int n = 0; n < kPanelColumns; n++) Ops::store_f(part[n], Ops::load_f(rows[n] + c));
+    Ops::transpose(part, columns + c * kPanelColumns);
   }
 }
 
-// 16 columns of a panel from `column` of the shard on, [column][16 rows].
-template <class Ops>
-KTK_INLINE void load_columns(const PackArgs *args, int64_t column, float *columns) {
-  float rows[kPanelColumns][16];
-  for (int n = 0; n < kPanelColumns; n++) load_row<Ops>(args, n, column, 16, rows[n]);
-  Ops::transpose(rows, columns);
-}
+// The same panel, of rows that no shard has cut.
+struct WholeRows {
+  Gemm gemm;
+  PackArgs args;
+  KTK_MEMBER explicit WholeRows(const PackArgs &shard) : gemm(*shard.gemm), args(shard) {
+    gemm.depth = shard.full_depth;
+    args.gemm = &gemm;
+    args.first_column = 0;
+  }
+};
 
 // Rows of one step of K, 64 bytes each, into a tile of 1024 bytes: their words of 4 bytes transposed. The
 // tile will not be read soon, so it passes by the caches; finish_tiles() makes it visible to other threads.
@@ -82,11 +100,17 @@ KTK_INLINE void finish_tiles() { __builtin_ia32_sfence(); }
 // largest of them.
 template <class Ops>
 KTK_INLINE int32_t panel_magnitudes(const PackArgs *args, int32_t *magnitudes) {
+  const WholeRows whole(*args);
   int32_t largest = 0;
   for (int n = 0; n < kPanelColumns; n++) {
-    magnitudes[n] = args->rows[n] == nullptr
-                        ? 0
-                        : largest_magnitude_bits<Ops>(args->rows[n], args->dtype, 0, args->full_depth);
+    typename Ops::I most = Ops::zero_i();
+    for (int64_t first = 0; args->rows[n] != nullptr && first < args->full_depth; first += kPackColumns) {
+      float values[kPackColumns];
+      load_row<Ops>(&whole.args, n, first, kPackColumns, values);
+      for (int c = 0; c < kPackColumns; c += 16)
+        most = larger_magnitude<Ops>(most, Ops::as_i(Ops::load_f(values + c)));
+    }
+    magnitudes[n] = Ops::reduce_max_i(most);
     largest = magnitudes[n] > largest ? magnitudes[n] : largest;
   }
   return largest;

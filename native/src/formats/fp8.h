@@ -93,7 +93,8 @@ struct Fp8 {
     for (int64_t first = 0; first < end; first += kScaleBlock) {
       float columns[kScaleBlock * kPanelColumns];
       typename Ops::I largest = Ops::zero_i();
-      for (int c = 0; c < kScaleBlock; c += 16) load_columns<Ops>(args, first + c, columns + c * 16);
+      for (int c = 0; c < kScaleBlock; c += kLoadColumns)
+        load_columns<Ops>(args, first + c, columns + c * kPanelColumns);
       for (int c = 0; c < kScaleBlock; c++) {
         const typename Ops::I value = Ops::as_i(Ops::load_f(columns + c * 16));
         largest = Ops::max_i(largest, Ops::and_i(value, Ops::set1_i(0x7fffffff)));

@@ -209,18 +209,16 @@ struct Int4 {
   // largest weight lies within the bytes. Returns 1 when one would not be finite.
   template <class Ops>
   KTK_INLINE int32_t row_scales(const PackArgs *args, const int32_t *magnitudes, float *scale) {
-    Gemm whole = *args->gemm;
-    whole.depth = args->full_depth;
-    PackArgs row = *args;
-    row.gemm = &whole;
-    row.first_column = 0;
+    const WholeRows whole(*args);
+    const int group_columns = whole.gemm.group_columns;
     typename Ops::F widest = Ops::zero_f();
     for (int64_t first = 0; first < args->full_depth; first += kPackColumns) {
       float columns[kPackColumns * kPanelColumns];
-      for (int c = 0; c < kPackColumns; c += 16) load_columns<Ops>(&row, first + c, columns + c * 16);
-      for (int part = 0; part < kPackColumns; part += whole.group_columns) {
+      for (int c = 0; c < kPackColumns; c += kLoadColumns)
+        load_columns<Ops>(&whole.args, first + c, columns + c * kPanelColumns);
+      for (int part = 0; part < kPackColumns; part += group_columns) {
         typename Ops::F low = Ops::zero_f(), high = Ops::zero_f();
-        for (int c = part; c < part + whole.group_columns; c++) {
+        for (int c = part; c < part + group_columns; c++) {
           const typename Ops::F value = Ops::load_f(columns + c * kPanelColumns);
           low = Ops::min(low, value);
           high = Ops::max(high, value);
@@ -260,7 +258,8 @@ struct Int4 {
     for (int64_t first = 0; first < (int64_t)gemm.steps * kStepColumns; first += kPackColumns) {
       float columns[kPackColumns * kPanelColumns];
       int32_t codes[kPackColumns * kPanelColumns];
-      for (int c = 0; c < kPackColumns; c += 16) load_columns<Ops>(args, first + c, columns + c * 16);
+      for (int c = 0; c < kPackColumns; c += kLoadColumns)
+        load_columns<Ops>(args, first + c, columns + c * kPanelColumns);
       for (int part = 0; part < kPackColumns; part += group_columns) {
         float *values = columns + part * kPanelColumns;
         for (int c = 0; c < group_columns * kPanelColumns; c += kPanelColumns)
@@ -298,11 +297,14 @@ struct Int4 {
   // Of a row without groups: the value of largest magnitude, over -8; of several, the first.
   template <class Ops>
   KTK_INLINE float plain_scale(const PackArgs *args, int n, int32_t largest_bits) {
-    for (int64_t i = 0; i < args->full_depth; i += 16) {
-      const int64_t last = i + 16 < args->full_depth ? i + 16 : args->full_depth;
-      if (largest_magnitude_bits<Ops>(args->rows[n], args->dtype, i, last) != largest_bits) continue;
-      float values[16];
-      Ops::store_f(values, load_values<Ops>(args->rows[n], args->dtype, i, args->full_depth));
+    const WholeRows whole(*args);
+    for (int64_t first = 0; first < args->full_depth; first += kPackColumns) {
+      float values[kPackColumns];
+      load_row<Ops>(&whole.args, n, first, kPackColumns, values);
+      typename Ops::I most = Ops::zero_i();
+      for (int c = 0; c < kPackColumns; c += 16)
+        most = larger_magnitude<Ops>(most, Ops::as_i(Ops::load_f(values + c)));
+      if (Ops::reduce_max_i(most) != largest_bits) continue;
       for (const float value : values) {
         if (magnitude_bits(value) == largest_bits) return value / -8.0f;
       }

@@ -1,4 +1,4 @@
-// 8-bit weights, symmetric. Groups of 32, 64 or 128 input columns share a bf16 scale, amax / 127 rounded; or
+// 8-bit weights, symmetric. Groups of 32 to 512 input columns share a bf16 scale, amax / 127 rounded; or
 // a whole output row shares an fp32 one. Stored as value + 128, because the dot products of VNNI and AMX take
 // one unsigned operand and the activations are the signed one.
 // Tile: [16 quads of columns][16 rows][4].
@@ -64,12 +64,14 @@ struct Int8 {
       }
       store_row_scales(args, scale);
     }
+    // Whole groups at a time.
+    const int columns = group_columns > kPackColumns ? group_columns : kPackColumns;
     const int64_t end = (int64_t)gemm.steps * kStepColumns;
-    for (int64_t first = 0; first < end; first += kPackColumns) {
-      alignas(64) float values[kPanelColumns][kPackColumns];
-      alignas(64) uint8_t codes[kPackColumns / kStepColumns][kPanelColumns][kStepColumns];
-      for (int n = 0; n < kPanelColumns; n++) load_row<Ops>(args, n, first, kPackColumns, values[n]);
-      for (int part = 0; part < kPackColumns; part += group_columns) {
+    for (int64_t first = 0; first < end; first += columns) {
+      alignas(64) float values[kPanelColumns][kMostGroupColumns];
+      alignas(64) uint8_t codes[kMostGroupColumns / kStepColumns][kPanelColumns][kStepColumns];
+      for (int n = 0; n < kPanelColumns; n++) load_row<Ops>(args, n, first, columns, values[n]);
+      for (int part = 0; part < columns; part += group_columns) {
         if (!per_row && first + part < gemm.depth) {
           float scale[kPanelColumns];
           if (!group_scales<Ops>(values, part, group_columns, scale, inverse)) return 1;
@@ -84,7 +86,7 @@ struct Int8 {
           }
         }
       }
-      for (int step = 0; step < kPackColumns / kStepColumns; step++) {
+      for (int step = 0; step < columns / kStepColumns; step++) {
         const int64_t to = first / kStepColumns + step;
         if (to < gemm.steps) store_tile<Ops>(codes[step], args->tiles + to * args->step_stride_bytes);
       }
@@ -96,7 +98,7 @@ struct Int8 {
   // Scales of a group of a panel's rows, and what its weights are multiplied with; false where a weight is
   // not finite.
   template <class Ops>
-  KTK_INLINE bool group_scales(const float (*values)[kPackColumns], int part, int count, float *scale,
+  KTK_INLINE bool group_scales(const float (*values)[kMostGroupColumns], int part, int count, float *scale,
                                float *inverse) {
     typedef typename Ops::F F;
     int32_t magnitudes[kPanelColumns], largest = 0;

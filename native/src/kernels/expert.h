@@ -205,31 +205,33 @@ static void gate_up_columns(const GateUpArgs *args, int first_column, int last_c
 
   // Activations of a group wait in a row of their own, unless those of a row are not made together.
   const bool shared = Format::kInteger && args->group_values != nullptr;
+  const int group_columns = next.row_group_columns;
   float *activated = shared ? args->group_values : args->scratch + kSumFloats;
-  const int64_t activated_stride = tiles && !shared ? 0 : kIntermediateGroup;
+  const int64_t activated_stride = tiles && !shared ? 0 : group_columns;
   // Stores what there is of a group at once: all of it, where its columns share a scale.
   const auto start_of = [&](int group) {
     return !Format::kInteger && first_column > group ? first_column : group;
   };
-  const auto finish_row = [&](int row, int group, const float *values) {
+  const auto finish_row = [&](int row, int group, float *values) {
     const int from = start_of(group);
     const int stop = Format::kInteger ? next.depth : last_column;
-    const int count = least(group + kIntermediateGroup, stop) - from;
+    const int count = least(group + group_columns, stop) - from;
     const RowAddress to = row_address(args->output.data, next, args->rows, row);
     uint8_t *first_step = to.data + from / Format::kStepColumns * to.step_stride_bytes;
-    if constexpr (Format::kInteger) {
-      const int64_t index = group / kIntermediateGroup;
-      quantise_group<Ops, kPairSums<Ops, Format>>(
-          values, KTK_DTYPE_F32, 0, count, sum_columns<Ops, Format>(next), first_step, to.step_stride_bytes,
-          args->output.scale + (int64_t)row * next.row_groups + index,
-          args->output.sum + (int64_t)row * next.sums + index * next.sums_per_row_group);
-    } else {
-      round_group<Ops>(values, KTK_DTYPE_F32, 0, count, first_step, to.step_stride_bytes);
-    }
     if (training != nullptr && training->z != nullptr) {
       const RowAddress z = row_address(training->z, *training->z_gemm, args->rows, row);
       round_group<Ops>(values, KTK_DTYPE_F32, 0, count,
                        z.data + from / Bf16::kStepColumns * z.step_stride_bytes, z.step_stride_bytes);
+    }
+    if constexpr (Format::kInteger) {
+      const int64_t index = group / group_columns;
+      if (next.rotated) rotate_values<Ops>(values, count);
+      quantise_group<Ops, kPairSums<Ops, Format>>(
+          values, KTK_DTYPE_F32, 0, count, false, sum_columns<Ops, Format>(next), first_step,
+          to.step_stride_bytes, args->output.scale + (int64_t)row * next.row_groups + index,
+          args->output.sum + (int64_t)row * next.sums + index * next.sums_per_row_group);
+    } else {
+      round_group<Ops>(values, KTK_DTYPE_F32, 0, count, first_step, to.step_stride_bytes);
     }
   };
 
@@ -241,7 +243,7 @@ static void gate_up_columns(const GateUpArgs *args, int first_column, int last_c
           float *values = activated + (shared ? row : row - pass) * activated_stride;
           for (int j = 0; j < tiles_here; j += 2) {
             const int column = first_column + (tile + j) / 2 * kPanelColumns;
-            const int group = column / kIntermediateGroup * kIntermediateGroup;
+            const int group = column / group_columns * group_columns;
             typename Ops::F gate = Ops::load_f(sums + j * stride);
             typename Ops::F up = Ops::load_f(sums + (j + 1) * stride);
             if (args->gate_bias != nullptr) gate = Ops::add(gate, Ops::load_f(args->gate_bias + column));
@@ -250,22 +252,21 @@ static void gate_up_columns(const GateUpArgs *args, int first_column, int last_c
               save_gate_up<Ops>(*training, row, column, gate, up);
             Ops::store_f(values + column - start_of(group),
                          gated_activation<Ops>(gate, up, args->limit, args->alpha));
-            const bool last = column + kPanelColumns >= least(group + kIntermediateGroup, last_column);
+            const bool last = column + kPanelColumns >= least(group + group_columns, last_column);
             if (last && !shared) finish_row(row, group, values);
           }
         },
         lora != nullptr ? &added : nullptr);
   }
   if (!shared || __atomic_sub_fetch(args->parts_left, 1, __ATOMIC_ACQ_REL) > 0) return;
-  const int group = first_column / kIntermediateGroup * kIntermediateGroup;
-  for (int row = 0; row < args->rows; row++)
-    finish_row(row, group, activated + (int64_t)row * kIntermediateGroup);
+  const int group = first_column / group_columns * group_columns;
+  for (int row = 0; row < args->rows; row++) finish_row(row, group, activated + (int64_t)row * group_columns);
 }
 
 template <class Ops, class Format>
 static void gate_up(const GateUpArgs *args) {
   const bool tiles = uses_tiles<Ops, Format>(args->rows, args->strict);
-  const int width = tiles ? kMostGroups * kIntermediateGroup : kIntermediateGroup;
+  const int width = tiles ? kMostUnitColumns : args->next->row_group_columns;
   for (int column = args->first_column; column < args->last_column; column += width)
     gate_up_columns<Ops, Format>(args, column, least(column + width, args->last_column), tiles);
 }
@@ -335,13 +336,25 @@ static void finish(const FinishArgs *args) {
   const int64_t value_bytes = args->dtype == KTK_DTYPE_F32 ? 4 : 2;
   for (int64_t t = args->first_token; t < args->last_token; t++) {
     void *output = (uint8_t *)args->output + t * args->hidden_size * value_bytes;
-    for (int64_t c = args->first_column; c < args->last_column; c += kPanelColumns) {
-      const int64_t at = t * args->part_stride + c - args->first_column;
-      typename Ops::F sum = Ops::load_f(args->parts[0] + at);
-      for (int part = 1; part < args->part_count; part++)
-        sum = Ops::add(sum, Ops::load_f(args->parts[part] + at));
-      if (args->incremental) sum = Ops::add(sum, load_values<Ops>(output, args->dtype, c, args->last_column));
-      store_values<Ops>(output, args->dtype, c, args->last_column, sum);
+    for (int64_t block = args->first_column; block < args->last_column; block += kRotation) {
+      typename Ops::F sums[kRotationVectors];
+      for (int i = 0; i < kRotationVectors; i++) {
+        const int64_t c = block + i * kPanelColumns, at = t * args->part_stride + c - args->first_column;
+        sums[i] = Ops::zero_f();
+        if (c >= args->last_column) continue;
+        sums[i] = Ops::load_f(args->parts[0] + at);
+        for (int part = 1; part < args->part_count; part++)
+          sums[i] = Ops::add(sums[i], Ops::load_f(args->parts[part] + at));
+      }
+      if (args->rotated && block + kRotation <= args->hidden_size) rotate<Ops>(sums);
+      for (int i = 0; i < kRotationVectors; i++) {
+        const int64_t c = block + i * kPanelColumns;
+        if (c >= args->last_column) break;
+        typename Ops::F sum = sums[i];
+        if (args->incremental)
+          sum = Ops::add(sum, load_values<Ops>(output, args->dtype, c, args->last_column));
+        store_values<Ops>(output, args->dtype, c, args->last_column, sum);
+      }
     }
   }
 }

@@ -6,6 +6,8 @@
 #include "kernels/inline.h"
 #include "ktk.h"
 
+KTK_INLINE int least(int a, int b) { return a < b ? a : b; }
+
 // The 16 values from `index` of a row with `count` values of `dtype`; zero past the end.
 template <class Ops>
 KTK_INLINE typename Ops::F load_values(const void *values, int32_t dtype, int64_t index, int64_t count) {
@@ -49,20 +51,11 @@ KTK_INLINE void store_values(void *values, int32_t dtype, int64_t index, int64_t
   if (left < 16) __builtin_memcpy(p, tail, (uint64_t)left * 2);
 }
 
-// A running maximum of magnitudes, as the bits of fp32 values.
+// A running maximum of magnitudes, as the bits of fp32 values: as integers, magnitudes order like numbers,
+// infinity above them and NaN above infinity.
 template <class Ops>
 KTK_INLINE typename Ops::I larger_magnitude(typename Ops::I largest, typename Ops::I bits) {
   return Ops::max_i(largest, Ops::and_i(bits, Ops::set1_i(0x7fffffff)));
-}
-
-// The largest magnitude among `count` values, as the bits of an fp32: as integers, magnitudes order like
-// numbers, infinity above them and NaN above infinity.
-template <class Ops>
-KTK_INLINE int32_t largest_magnitude_bits(const void *values, int32_t dtype, int64_t first, int64_t last) {
-  typename Ops::I largest = Ops::zero_i();
-  for (int64_t i = first; i < last; i += 16)
-    largest = larger_magnitude<Ops>(largest, Ops::as_i(load_values<Ops>(values, dtype, i, last)));
-  return Ops::reduce_max_i(largest);
 }
 
 constexpr int32_t kInfinityBits = 0x7f800000;
@@ -91,40 +84,96 @@ KTK_INLINE Int8Scale int8_scale(int32_t amax_bits) {
   return {amax / 127.0f, 127.0f / amax};
 }
 
+// kRotation columns times the rotation: the Hadamard matrix over the root of its size, which undoes itself.
+constexpr int kRotationVectors = kRotation / 16;
+template <class Ops>
+KTK_INLINE void rotate(typename Ops::F (&v)[kRotationVectors]) {
+  typedef typename Ops::F F;
+  static_assert(kRotation == 64, "one over its root is 1/8");
+  const F minus = Ops::set1_f(-1.0f);
+  for (F &part : v) part = Ops::hadamard(Ops::mul(part, Ops::set1_f(0.125f)));
+  const F sum[2] = {Ops::add(v[0], v[1]), Ops::add(v[2], v[3])};
+  const F difference[2] = {Ops::fma(v[1], minus, v[0]), Ops::fma(v[3], minus, v[2])};
+  v[0] = Ops::add(sum[0], sum[1]);
+  v[1] = Ops::add(difference[0], difference[1]);
+  v[2] = Ops::fma(sum[1], minus, sum[0]);
+  v[3] = Ops::fma(difference[1], minus, difference[0]);
+}
+
+// Rotates `count` values; those after the last whole block stay.
+template <class Ops>
+KTK_INLINE void rotate_values(float *values, int64_t count) {
+  for (int64_t c = 0; c + kRotation <= count; c += kRotation) {
+    typename Ops::F v[kRotationVectors];
+    for (int i = 0; i < kRotationVectors; i++) v[i] = Ops::load_f(values + c + i * 16);
+    rotate<Ops>(v);
+    for (int i = 0; i < kRotationVectors; i++) Ops::store_f(values + c + i * 16, v[i]);
+  }
+}
+
+// The 64 columns of a step of bytes from `index` of a row with `count` values on, rotated if there are that
+// many and `rotated` says so; zero past the end.
+constexpr int kByteStepVectors = kStepBytes / 16;
+static_assert(kRotation == kStepBytes, "a step of bytes is one block of a rotation");
+template <class Ops>
+KTK_INLINE void load_step(const void *values, int32_t dtype, int64_t index, int64_t count, bool rotated,
+                          typename Ops::F (&v)[kByteStepVectors]) {
+  for (int i = 0; i < kByteStepVectors; i++) {
+    const int64_t at = index + i * 16;
+    v[i] = at < count ? load_values<Ops>(values, dtype, at, count) : Ops::zero_f();
+  }
+  if (rotated && index + kRotation <= count) rotate<Ops>(v);
+}
+
 // Quantises values [first, last) of a row to int8 with one scale, into the steps of `row`, and zeroes the
 // rest of the last step. `first` is on a step; sums are of `sum_columns` columns each, counted from it.
 // Pairs: a sum is two, each of half as many columns, in the halves of a word.
 template <class Ops, bool Pairs>
-KTK_INLINE void quantise_group(const void *values, int32_t dtype, int64_t first, int64_t last,
+KTK_INLINE void quantise_group(const void *values, int32_t dtype, int64_t first, int64_t last, bool rotated,
                                int64_t sum_columns, uint8_t *row, int64_t step_stride_bytes, float *scale,
                                int32_t *sums) {
-  const int32_t amax_bits = largest_magnitude_bits<Ops>(values, dtype, first, last);
+  typedef typename Ops::F F;
+  typedef typename Ops::I I;
+  I largest = Ops::zero_i();
+  for (int64_t i = first; i < last; i += kStepBytes) {
+    F v[kByteStepVectors];
+    load_step<Ops>(values, dtype, i, last, rotated, v);
+    for (const F part : v) largest = larger_magnitude<Ops>(largest, Ops::as_i(part));
+  }
+  const int32_t amax_bits = Ops::reduce_max_i(largest);
   const Int8Scale s = int8_scale(amax_bits);
   *scale = s.scale;
-  const typename Ops::F inverse = Ops::set1_f(s.inverse);
-  const int64_t end = (last + kStepBytes - 1) / kStepBytes * kStepBytes;
+  const F inverse = Ops::set1_f(s.inverse);
   // A non-finite row multiplies 0 by its NaN scale, never a rounded NaN.
   const bool finite = amax_bits < kInfinityBits;
-  for (int64_t part = first; part < end; part += sum_columns) {
-    const int64_t part_end = part + sum_columns < end ? part + sum_columns : end;
-    typename Ops::I sum = Ops::zero_i(), low = Ops::zero_i();
-    for (int64_t i = part; i < part_end; i += 16) {
-      if (Pairs && i == part + sum_columns / 2) {
-        low = sum;
-        sum = Ops::zero_i();
-      }
-      const typename Ops::I q =
-          i < last && finite ? Ops::round_i(Ops::mul(load_values<Ops>(values, dtype, i, last), inverse))
-                             : Ops::zero_i();
-      Ops::store_low_bytes(row + i / kStepBytes * step_stride_bytes + i % kStepBytes, q);
-      sum = Ops::add_i(sum, q);
-    }
-    // The last step may hold a part that is all padding, which has no sum.
-    if (part >= last) continue;
+  uint8_t *step = row + first / kStepBytes * step_stride_bytes;
+  I sum = Ops::zero_i(), low = Ops::zero_i();
+  int64_t summed = 0;
+  const auto finish_sum = [&] {
     int32_t total = Ops::reduce_add_i(sum);
     if (Pairs) total = (int32_t)((uint32_t)total << 16 | ((uint32_t)Ops::reduce_add_i(low) & 0xffff));
     *sums++ = total;
+  };
+  for (int64_t i = first; i < last; i += kStepBytes, step += step_stride_bytes) {
+    F v[kByteStepVectors];
+    load_step<Ops>(values, dtype, i, last, rotated, v);
+    for (int part = 0; part < kByteStepVectors; part++) {
+      if (Pairs && part == kByteStepVectors / 2) {
+        low = sum;
+        sum = Ops::zero_i();
+      }
+      const I q = finite ? Ops::round_i(Ops::mul(v[part], inverse)) : Ops::zero_i();
+      Ops::store_low_bytes(step + part * 16, q);
+      sum = Ops::add_i(sum, q);
+      summed += 16;
+      if (summed < sum_columns) continue;
+      // The last step may hold a part that is all padding, which has no sum.
+      if (i + (part + 1) * 16 - sum_columns < last) finish_sum();
+      sum = Ops::zero_i();
+      summed = 0;
+    }
   }
+  if (summed > 0) finish_sum();
 }
 
 // Rounds values [first, last) of a row to bf16 into the steps of `row`, zeroing the rest of the last step.
@@ -176,8 +225,8 @@ static void quantise_rows(const QuantiseArgs *args) {
       for (int64_t group = 0; group < gemm.row_groups; group++) {
         const int64_t first = group * group_columns, last = first + group_columns;
         quantise_group<Ops, kPairSums<Ops, Format>>(
-            values, args->dtype, first, last < gemm.depth ? last : gemm.depth, columns, row, kStepBytes,
-            args->rows.scale + t * gemm.row_groups + group,
+            values, args->dtype, first, last < gemm.depth ? last : gemm.depth, gemm.rotated != 0, columns,
+            row, kStepBytes, args->rows.scale + t * gemm.row_groups + group,
             args->rows.sum + t * gemm.sums + group * gemm.sums_per_row_group);
       }
     } else {

@@ -1,14 +1,14 @@
 // The product by matrix units.
 //
-// K is cut into blocks. Within one, a panel of up to 4 tiles of rows stays in the first-level cache while the
+// K is cut into blocks. Within one, a panel of two tiles of rows stays in the first-level cache while the
 // weights stream past it, one tile at a time, each used for all rows of the panel; what has been summed so
-// far waits in `out`. Tiles are loaded once for every 1.25 products where a panel is whole, and each comes
-// from the second-level cache or nearer.
+// far waits in `out`. Tiles are loaded 1.5 times for every product, and each comes from the second-level
+// cache or nearer.
 //
-// Registers 0-3 hold sums, 4 the rows, 5 the weights; 6 and 7 are used only for a block of fewer than 16 rows
-// and for a second tile of weights. Where two hyper-threads share a core, registers that hold nothing are
-// what the processor renames the others into, and a loop that loads tiles runs 1.6 times as fast with 6
-// registers as with 8 (docs/benchmarks/log.md).
+// Registers 0 and 1 hold sums, 4 the rows, 5 the weights; 2 and 3 are used only for a second tile of weights,
+// and so is 7, and 6 for a block of fewer than 16 rows. Where two hyper-threads share a core, registers that
+// hold nothing are what the processor renames the others into, and a loop that loads tiles runs up to twice
+// as fast with 4 registers as with 8 (docs/benchmarks/log.md).
 #pragma once
 
 #include "kernels/product.h"
@@ -32,6 +32,7 @@
   } while (0)
 
 constexpr int kSumTileFloats = kBlockRows * kPanelColumns;
+static_assert(kTileBlocks == 2, "a panel is one block or two");
 
 KTK_INLINE void prefetch_near(const uint8_t *tile) {
   for (int line = 0; line < 16; line++) __builtin_prefetch(tile + line * 64, 0, 3);
@@ -52,8 +53,8 @@ struct WaitingSums {
   int segments = 0;  // 0: none wait
   int segment, lot;  // the first of them, and where their sums are
   int tile, tiles;
-  int first_row, rows;  // in the panel
-  float *out;           // of the first tile, and of the first row's block
+  int rows;    // of the panel
+  float *out;  // of the first tile
 };
 
 struct TileState {
@@ -85,6 +86,14 @@ struct TilesAhead {
   // Of the next block of K, whose weights the panels of this one fetch by turns: which of them this one is. 0
   // panels: there is no next block.
   int panel, panels;
+};
+
+// What one call of tile_segments fetches ahead.
+struct SegmentsAhead {
+  const TilesAhead &panel;
+  bool far;           // its own tiles in the next block of K
+  int next_tile;      // of columns, whose first steps follow its last ones
+  int share, shares;  // of the next panel's rows
 };
 
 // Registers 0-3 for sums of so many rows (0: not used), 4 for whole blocks of rows and 6 for the last, 5 and
@@ -152,10 +161,10 @@ static void add_waiting(const Product &p, const TileState &state, int block, int
     for (int j = 0; j < NT; j++)
       scale[s][j] = Grouped ? weight_scale<Ops>(p, waiting.segment + s, waiting.tile + j) : Ops::zero_f();
   }
-  const int row = waiting.first_row + block * kBlockRows;
-  const int rows = least(waiting.rows - block * kBlockRows, kBlockRows);
+  const int row = block * kBlockRows;
+  const int rows = least(waiting.rows - row, kBlockRows);
   const SegmentRows *of = state.segment_rows + (waiting.segment - state.first_segment);
-  const int32_t *sums = state.sums[waiting.lot][0][block * 2];
+  const int32_t *sums = state.sums[waiting.lot][0][block * NT];
   float *out = waiting.out + block * out_stride;
   for (int r = 0; r < rows; r++, out += kPanelColumns, sums += kPanelColumns) {
     F target[NT];
@@ -277,8 +286,7 @@ static void tile_panel(const Product &p, TileState &state, int tile_count, const
 // after each segment. While the unit works on segments, sums that left before are scaled.
 template <class Ops, class Format, int MT, int NT, bool Partial>
 static void tile_segments(const Product &p, TileState &state, const TileSteps &k, const WaitingSums &place,
-                          const TilePanel &panel, const TilesAhead &ahead, bool far, int share, int shares,
-                          int64_t out_stride) {
+                          const TilePanel &panel, const SegmentsAhead &ahead, int64_t out_stride) {
   const Gemm &gemm = *p.gemm;
   [[maybe_unused]] TileFile &file = state.file;
   const int depth_bytes = kStepBytes / gemm.halves;
@@ -286,30 +294,39 @@ static void tile_segments(const Product &p, TileState &state, const TileSteps &k
   TileRows rows[MT];
   for (int i = 0; i < MT; i++) {
     for (int j = 0; j < NT; j++)
-      shape.sum_rows[i * 2 + j] = Partial && i == MT - 1 ? panel.last_rows : kBlockRows;
-    rows[i] = tile_rows(p, panel, place.first_row / kBlockRows + i, k.first);
+      shape.sum_rows[i * NT + j] = Partial && i == MT - 1 ? panel.last_rows : kBlockRows;
+    rows[i] = tile_rows(p, panel, i, k.first);
   }
   shape_tiles(state, shape);
-  TileColumn columns[NT];
-  for (int j = 0; j < NT; j++) columns[j] = tile_column<Format>(p, state, place.tile + j, k.first);
+  TileColumn columns[NT], next[NT];
+  for (int j = 0; j < NT; j++) {
+    columns[j] = tile_column<Format>(p, state, place.tile + j, k.first);
+    next[j] = tile_column<Format>(p, state, ahead.next_tile + j, k.first);
+  }
+#define KTK_ZERO(i) KTK_TILE_ZERO(file, i)
+#define KTK_STORE_SUM(i) KTK_TILE_STORE(file, i, to[i], 64)
 #define KTK_LOAD_ROWS(number, i) \
   KTK_TILE_LOAD(file, number, rows[i].data + step * rows[i].stride_bytes + offset, kStepBytes)
 #define KTK_LOAD_WEIGHTS(number, j) \
   KTK_TILE_LOAD(file, number,       \
                 columns[j].data + step * columns[j].step_stride_bytes + offset * kPanelColumns, 64)
-#define KTK_MULTIPLY(first, second, operand)                       \
-  do {                                                             \
-    KTK_TILE_DOT(file, first, operand, 5);                         \
-    if constexpr (NT == 2) KTK_TILE_DOT(file, second, operand, 7); \
+#define KTK_MULTIPLY(operand, single, first, second) \
+  do {                                               \
+    if constexpr (NT == 2) {                         \
+      KTK_TILE_DOT(file, first, operand, 5);         \
+      KTK_TILE_DOT(file, second, operand, 7);        \
+    } else {                                         \
+      KTK_TILE_DOT(file, single, operand, 5);        \
+    }                                                \
   } while (0)
 #define KTK_MULTIPLY_ROWS(i, first, second)   \
   do {                                        \
     if constexpr (Partial && (i) == MT - 1) { \
       KTK_LOAD_ROWS(6, i);                    \
-      KTK_MULTIPLY(first, second, 6);         \
+      KTK_MULTIPLY(6, i, first, second);      \
     } else {                                  \
       KTK_LOAD_ROWS(4, i);                    \
-      KTK_MULTIPLY(first, second, 4);         \
+      KTK_MULTIPLY(4, i, first, second);      \
     }                                         \
   } while (0)
   int segment = state.first_segment;
@@ -320,29 +337,25 @@ static void tile_segments(const Product &p, TileState &state, const TileSteps &k
       const int half = (segment + count - state.first_segment) % gemm.halves;
       const int64_t offset = (int64_t)half * depth_bytes;
       const int stop = least(first + gemm.segment_steps, k.count);
-      KTK_TILE_ZERO(file, 0);
-      if constexpr (NT == 2) KTK_TILE_ZERO(file, 1);
-      if constexpr (MT == 2) KTK_TILE_ZERO(file, 2);
-      if constexpr (MT == 2 && NT == 2) KTK_TILE_ZERO(file, 3);
+      KTK_TILE_EACH(MT * NT, KTK_ZERO);
       for (int step = first; step < stop; step++) {
+        const int soon = step + 2;
         for (int j = 0; j < NT; j++) {
-          // The first rows that meet weights wait for them.
-          if (!Format::kExpands && place.first_row == 0)
-            prefetch_near(columns[j].data + (step + 2) * columns[j].step_stride_bytes);
-          if (far) prefetch_far(columns[j].data + (k.count + step) * columns[j].step_stride_bytes);
+          const TileColumn &column = columns[j];
+          if (!Format::kExpands)
+            prefetch_near(soon < k.count ? column.data + soon * column.step_stride_bytes
+                                         : next[j].data + (soon - k.count) * next[j].step_stride_bytes);
+          if (ahead.far) prefetch_far(column.data + (k.count + step) * column.step_stride_bytes);
         }
-        fetch_rows(ahead, step, share, shares);
+        fetch_rows(ahead.panel, step, ahead.share, ahead.shares);
         KTK_LOAD_WEIGHTS(5, 0);
         if constexpr (NT == 2) KTK_LOAD_WEIGHTS(7, NT - 1);
         KTK_MULTIPLY_ROWS(0, 0, 1);
-        if constexpr (MT == 2) KTK_MULTIPLY_ROWS(MT - 1, 2, 3);
+        if constexpr (MT == 2) KTK_MULTIPLY_ROWS(1, 2, 3);
       }
       add_waiting<Ops>(p, state, count, out_stride);
       auto &to = state.sums[lot][count];
-      KTK_TILE_STORE(file, 0, to[0], 64);
-      if constexpr (NT == 2) KTK_TILE_STORE(file, 1, to[1], 64);
-      if constexpr (MT == 2) KTK_TILE_STORE(file, 2, to[2], 64);
-      if constexpr (MT == 2 && NT == 2) KTK_TILE_STORE(file, 3, to[3], 64);
+      KTK_TILE_EACH(MT * NT, KTK_STORE_SUM);
       // A step of two halves is done after its second.
       if (half == gemm.halves - 1) first = stop;
     }
@@ -357,6 +370,8 @@ static void tile_segments(const Product &p, TileState &state, const TileSteps &k
 #undef KTK_MULTIPLY
 #undef KTK_LOAD_WEIGHTS
 #undef KTK_LOAD_ROWS
+#undef KTK_STORE_SUM
+#undef KTK_ZERO
 }
 
 template <class Ops>
@@ -365,6 +380,19 @@ KTK_INLINE void add_all_waiting(const Product &p, TileState &state, int64_t out_
   add_waiting<Ops>(p, state, 1, out_stride);
   state.waiting.segments = 0;
 }
+
+template <class Ops, class Format, bool Partial>
+KTK_INLINE auto segments_kernel(int blocks, int tiles) {
+  if (tiles == 2) {
+    return blocks == 2 ? tile_segments<Ops, Format, 2, 2, Partial>
+                       : tile_segments<Ops, Format, 1, 2, Partial>;
+  }
+  return blocks == 2 ? tile_segments<Ops, Format, 2, 1, Partial> : tile_segments<Ops, Format, 1, 1, Partial>;
+}
+
+// Segments of so many steps are summed as tile_panel does, a tile of columns at a time; shorter ones two at a
+// time, where the scales of rows meet more sums each.
+constexpr int kLongSegmentSteps = 4;
 
 // One block of K, all blocks of rows of a panel, every tile of columns, where K has several segments.
 template <class Ops, class Format>
@@ -379,39 +407,25 @@ static void segments_panel(const Product &p, TileState &state, int tile_count, c
       least(gemm.segments, (k.first + k.count + gemm.segment_steps - 1) / gemm.segment_steps * gemm.halves);
   for (int i = state.first_segment; i < last_segment; i++)
     load_segment_rows<Format>(p, i, panel.first_row, count, state.segment_rows[i - state.first_segment]);
-  const int pairs = (panel.blocks + 1) / 2, shares = (tile_count + 1) / 2 * pairs;
-  int share = 0;
-  for (int tile = 0; tile < tile_count; tile += 2) {
-    for (int block = 0; block < panel.blocks; block += 2, share++) {
-      const int tiles = least(tile_count - tile, 2), blocks = least(panel.blocks - block, 2);
-      const int rows = least(count - block * kBlockRows, 2 * kBlockRows);
-      const bool partial = rows < blocks * kBlockRows;
-      WaitingSums place = {};
-      place.tile = tile;
-      place.tiles = tiles;
-      place.first_row = block * kBlockRows;
-      place.rows = rows;
-      place.out = out + block * out_stride + (int64_t)tile * kSumTileFloats;
-      if (k.first == 0) {
-        for (int i = 0; i < blocks; i++)
-          __builtin_memset(place.out + i * out_stride, 0, (uint64_t)tiles * kSumTileFloats * 4);
-      }
-      const bool far = block == 0 && fetches_weights(ahead, tile);
-      const auto run = [&](auto kernel) {
-        kernel(p, state, k, place, panel, ahead, far, share, shares, out_stride);
-      };
-      if (tiles == 2) {
-        if (blocks == 2) {
-          run(partial ? tile_segments<Ops, Format, 2, 2, true> : tile_segments<Ops, Format, 2, 2, false>);
-        } else {
-          run(partial ? tile_segments<Ops, Format, 1, 2, true> : tile_segments<Ops, Format, 1, 2, false>);
-        }
-      } else if (blocks == 2) {
-        run(partial ? tile_segments<Ops, Format, 2, 1, true> : tile_segments<Ops, Format, 2, 1, false>);
-      } else {
-        run(partial ? tile_segments<Ops, Format, 1, 1, true> : tile_segments<Ops, Format, 1, 1, false>);
-      }
+  const int most_tiles = gemm.segment_steps >= kLongSegmentSteps ? 1 : 2;
+  const int shares = (tile_count + most_tiles - 1) / most_tiles;
+  for (int tile = 0, share = 0; tile < tile_count; tile += most_tiles, share++) {
+    WaitingSums place = {};
+    place.tile = tile;
+    place.tiles = least(tile_count - tile, most_tiles);
+    place.rows = count;
+    place.out = out + (int64_t)tile * kSumTileFloats;
+    if (k.first == 0) {
+      for (int i = 0; i < panel.blocks; i++)
+        __builtin_memset(place.out + i * out_stride, 0, (uint64_t)place.tiles * kSumTileFloats * 4);
     }
+    const bool more_tiles = tile + 2 * most_tiles <= tile_count;
+    const SegmentsAhead fetched = {ahead, fetches_weights(ahead, tile), more_tiles ? tile + most_tiles : tile,
+                                   share, shares};
+    const auto kernel = panel.last_rows < kBlockRows
+                            ? segments_kernel<Ops, Format, true>(panel.blocks, place.tiles)
+                            : segments_kernel<Ops, Format, false>(panel.blocks, place.tiles);
+    kernel(p, state, k, place, panel, fetched, out_stride);
   }
 }
 
@@ -551,18 +565,10 @@ static void tile_product(const Product &p, int tile_count, int first, int last, 
             continue;
           }
         }
-        switch (panel.blocks) {
-          case 1:
-            tile_panel<Ops, Format, 1>(p, state, tile_count, k, panel, ahead, target);
-            break;
-          case 2:
-            tile_panel<Ops, Format, 2>(p, state, tile_count, k, panel, ahead, target);
-            break;
-          case 3:
-            tile_panel<Ops, Format, 3>(p, state, tile_count, k, panel, ahead, target);
-            break;
-          default:
-            tile_panel<Ops, Format, 4>(p, state, tile_count, k, panel, ahead, target);
+        if (panel.blocks == 2) {
+          tile_panel<Ops, Format, 2>(p, state, tile_count, k, panel, ahead, target);
+        } else {
+          tile_panel<Ops, Format, 1>(p, state, tile_count, k, panel, ahead, target);
         }
       }
     }

@@ -274,6 +274,11 @@ static void unpack(const UnpackArgs *args) {
       }
     }
   }
+  if (gemm.rotated) {
+    for (int n = 0; n < kPanelColumns; n++) {
+      if (args->rows[n] != nullptr) rotate_values<Ops>(args->rows[n], gemm.depth);
+    }
+  }
 }
 
 // ---- products -----------------------------------------------------------------------------------------
@@ -301,6 +306,8 @@ static void multiply(const MultiplyArgs *args) {
         },
         args->lora != nullptr ? &added : nullptr);
   }
+  for (int row = 0; args->rotated_columns > 0 && row < args->last - args->first; row++)
+    rotate_values<Ops>(args->out + row * args->stride, args->rotated_columns);
 }
 
 // ---- elementwise --------------------------------------------------------------------------------------
@@ -396,14 +403,17 @@ static void activation_backward(const ActivationBackwardArgs *args) {
 template <class Ops>
 static void add_dropped(const AddDroppedArgs *args) {
   for (int row = args->first; row < args->last; row++) {
-    const float *values = args->values + (row - args->first) * args->stride;
+    float *values = args->values + (row - args->first) * args->stride;
     const int64_t index = args->target_rows != nullptr ? args->target_rows[row] : row - args->first;
     float *target = args->target + index * args->target_stride;
-    for (int c = 0; c < args->columns; c += 16) {
+    for (int c = 0; args->dropout.threshold > 0 && c < args->columns; c += 16) {
       const typename Ops::F factors =
           dropout_factors<Ops>(args->dropout, args->dropout_rows[row], args->first_column + c);
-      Ops::store_f(target + c, Ops::add(Ops::mul(factors, Ops::load_f(values + c)), Ops::load_f(target + c)));
+      Ops::store_f(values + c, Ops::mul(factors, Ops::load_f(values + c)));
     }
+    rotate_values<Ops>(values, args->rotated_columns);
+    for (int c = 0; c < args->columns; c += 16)
+      Ops::store_f(target + c, Ops::add(Ops::load_f(values + c), Ops::load_f(target + c)));
   }
 }
 

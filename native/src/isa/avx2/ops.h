@@ -70,7 +70,18 @@ struct Avx2Ops {
     return {_mm256_blendv_ps(no.low, yes.low, _mm256_cmp_ps(a.low, b.low, _CMP_LT_OQ)),
             _mm256_blendv_ps(no.high, yes.high, _mm256_cmp_ps(a.high, b.high, _CMP_LT_OQ))};
   }
-
+  KTK_INLINE __m256 hadamard(__m256 v) {
+    const __m256 first = _mm256_blend_ps(_mm256_add_ps(_mm256_permute_ps(v, 0xb1), v),
+                                         _mm256_sub_ps(_mm256_permute_ps(v, 0xb1), v), 0xaa);
+    const __m256 second = _mm256_blend_ps(_mm256_add_ps(_mm256_permute_ps(first, 0x4e), first),
+                                          _mm256_sub_ps(_mm256_permute_ps(first, 0x4e), first), 0xcc);
+    const __m256 turned = _mm256_permute2f128_ps(second, second, 1);
+    return _mm256_blend_ps(_mm256_add_ps(turned, second), _mm256_sub_ps(turned, second), 0xf0);
+  }
+  KTK_INLINE F hadamard(F v) {
+    const __m256 low = hadamard(v.low), high = hadamard(v.high);
+    return {_mm256_add_ps(low, high), _mm256_sub_ps(low, high)};
+  }
   KTK_INLINE I zero_i() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
   KTK_INLINE I set1_i(int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
   KTK_INLINE I load_i(const void *p) {

@@ -55,7 +55,16 @@ struct Avx512Ops {
   KTK_INLINE F where_less(F a, F b, F yes, F no) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
   }
-
+  // `other` plus v, or minus v in the lanes of `minus`.
+  KTK_INLINE F butterfly(F v, F other, __mmask16 minus) {
+    return _mm512_mask_sub_ps(_mm512_add_ps(other, v), minus, other, v);
+  }
+  KTK_INLINE F hadamard(F v) {
+    v = butterfly(v, _mm512_permute_ps(v, 0xb1), 0xaaaa);
+    v = butterfly(v, _mm512_permute_ps(v, 0x4e), 0xcccc);
+    v = butterfly(v, _mm512_shuffle_f32x4(v, v, 0xb1), 0xf0f0);
+    return butterfly(v, _mm512_shuffle_f32x4(v, v, 0x4e), 0xff00);
+  }
   KTK_INLINE I zero_i() { return {_mm512_setzero_si512()}; }
   KTK_INLINE I set1_i(int32_t value) { return {_mm512_set1_epi32(value)}; }
   KTK_INLINE I load_i(const void *p) { return {_mm512_loadu_si512(p)}; }

@@ -58,6 +58,18 @@ struct PortableOps {
   KTK_INLINE F max(F a, F b) { return a > b ? a : b; }
   // `yes` in the lanes where a < b, else `no`.
   KTK_INLINE F where_less(F a, F b, F yes, F no) { return a < b ? yes : no; }
+  // Lanes times the Hadamard matrix of 16: lanes at distance 1, 2, 4, 8 become their sum and difference.
+  KTK_INLINE F hadamard(F v) {
+    for (int distance = 1; distance < 16; distance *= 2) {
+      F next;
+      for (int n = 0; n < 16; n++) {
+        const float other = v[n ^ distance];
+        next[n] = (n & distance) == 0 ? v[n] + other : other - v[n];
+      }
+      v = next;
+    }
+    return v;
+  }
 
   KTK_INLINE I zero_i() { return I{}; }
   KTK_INLINE I set1_i(int32_t value) { return I{} + value; }
