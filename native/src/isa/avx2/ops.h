@@ -82,6 +82,7 @@ struct Avx2Ops {
     const __m256 low = hadamard(v.low), high = hadamard(v.high);
     return {_mm256_add_ps(low, high), _mm256_sub_ps(low, high)};
   }
+
   KTK_INLINE I zero_i() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
   KTK_INLINE I set1_i(int32_t value) { return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)}; }
   KTK_INLINE I load_i(const void *p) {

@@ -65,6 +65,7 @@ struct Avx512Ops {
     v = butterfly(v, _mm512_shuffle_f32x4(v, v, 0xb1), 0xf0f0);
     return butterfly(v, _mm512_shuffle_f32x4(v, v, 0x4e), 0xff00);
   }
+
   KTK_INLINE I zero_i() { return {_mm512_setzero_si512()}; }
   KTK_INLINE I set1_i(int32_t value) { return {_mm512_set1_epi32(value)}; }
   KTK_INLINE I load_i(const void *p) { return {_mm512_loadu_si512(p)}; }
