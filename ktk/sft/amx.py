@@ -182,7 +182,8 @@ class AMXSFTMoEWrapper(BaseSFTMoEWrapper):
         """Pack the weights of all experts again, one at a time."""
         native = self.plain
         for expert in range(self.num_experts):
-            native.update_base(expert, gate[expert].detach(), up[expert].detach(), down[expert].detach())
+            parts = (part[expert].detach().to("cpu") for part in (gate, up, down))
+            native.update_base(expert, *parts)
 
     def _make_forward_task(
         self,

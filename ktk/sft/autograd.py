@@ -114,7 +114,9 @@ class KTMoEFunction(torch.autograd.Function):
         *tensors: torch.Tensor,
     ) -> torch.Tensor:
         """Run forward and save what `backward` needs."""
-        adapters = tensors[:num_lora]
+        # Here and not before: gradients leave this node on the adapters' own device then, and wait for no
+        # thread of autograd but the one that runs this layer. FSDP reduces what is there when a layer ends.
+        adapters = tuple(tensor.to("cpu").contiguous() for tensor in tensors[:num_lora])
         output, saved = runner.run(
             hidden_states,
             expert_ids,
@@ -125,6 +127,7 @@ class KTMoEFunction(torch.autograd.Function):
         )
         ctx.runner, ctx.num_lora, ctx.base = runner, num_lora, base
         ctx.weights_dtype = expert_weights.dtype
+        ctx.devices = [tensor.device for tensor in tensors]
         ctx.base_dtype = tensors[num_lora].dtype if base is not None else None
         # With recompute, the context reads the input again: saving it lets autograd notice a change in place.
         inputs = (hidden_states,) if policy == "recompute" else ()
@@ -147,11 +150,17 @@ class KTMoEFunction(torch.autograd.Function):
         lora: tuple[Any, ...] = (None,) * ctx.num_lora
         if grads.lora:
             lora = tuple(
-                grads.lora[name].to(tensor.device) for name, tensor in zip(LORA_NAMES, adapters, strict=True)
+                grads.lora[name].to(device)
+                for name, device in zip(LORA_NAMES, ctx.devices[: ctx.num_lora], strict=True)
             )
         base: tuple[Any, ...] = (None,) * (len(ctx.needs_input_grad) - 8 - ctx.num_lora)
         if grads.base:
-            base = ctx.base.gradients(grads.base)
+            base = tuple(
+                gradient.to(device)
+                for gradient, device in zip(
+                    ctx.base.gradients(grads.base), ctx.devices[ctx.num_lora :], strict=True
+                )
+            )
         return (
             grads.hidden_states,
             None,
@@ -184,7 +193,7 @@ def run_experts(
     expert_ids, expert_weights : torch.Tensor
         ``[T, k]``.
     lora : mapping, optional
-        The six adapter tensors. They may be the result of other operations, as `torch.stack`.
+        The six adapter tensors, on any device. They may be the result of other operations, as `torch.stack`.
     base : BaseWeights, optional
         The weights, where they are trained.
     policy : {"save", "recompute"}, default "save"
@@ -201,7 +210,8 @@ def run_experts(
     seed = None if dropout_seed is None else dropout_seed()
     inputs = (hidden_states, expert_weights, *adapters, *weights)
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
-        output, _ = runner.run(hidden_states, expert_ids, expert_weights, lora=lora, dropout_seed=seed)
+        held = None if lora is None else {name: t.to("cpu").contiguous() for name, t in lora.items()}
+        output, _ = runner.run(hidden_states, expert_ids, expert_weights, lora=held, dropout_seed=seed)
         return output
     result: torch.Tensor = KTMoEFunction.apply(  # type: ignore[no-untyped-call]
         hidden_states,

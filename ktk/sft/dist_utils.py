@@ -6,7 +6,8 @@ their gradients for the tokens of all ranks and the others return zeros, so that
 DDP and FSDP take, is the gradient of the mean of the ranks' losses.
 
 An exchange is three messages: a header from every rank to every rank, one packed message to rank 0, one
-packed message back. Whatever fails on one rank is told to all of them in the header or in the answer.
+packed message back; over NCCL the ranks meet once more before the last. Whatever fails on one rank is told to
+all of them in the header or in the answer.
 """
 
 from __future__ import annotations
@@ -124,8 +125,9 @@ class RankZeroRunner:
                 self.wrapper.check_inputs(hidden_states, expert_ids, expert_weights)
 
         dtype = hidden_states.dtype
-        tokens = self._meet(
+        tokens, device = self._meet(
             check,
+            hidden_states.device,
             _FORWARD,
             len(hidden_states),
             top_k,
@@ -134,7 +136,7 @@ class RankZeroRunner:
         )
         parts = (hidden_states.detach(), expert_ids.detach().to(torch.int64), expert_weights.detach().float())
         row_bytes = self.hidden_size * dtype.itemsize + top_k * 12
-        received = self.transport.to_rank_zero(_pack(parts), [count * row_bytes for count in tokens])
+        received = self.transport.to_rank_zero(_pack(parts), [count * row_bytes for count in tokens], device)
         saved: Any = None
 
         def compute() -> list[tuple[torch.Tensor, ...]]:
@@ -147,7 +149,9 @@ class RankZeroRunner:
             output, saved = self.wrapper.run(*everything, policy=policy, lora=lora, dropout_seed=dropout_seed)
             return [(piece,) for piece in output.split(tokens)]
 
-        answer = self._answer(compute, [count * self.hidden_size * dtype.itemsize for count in tokens])
+        answer = self._answer(
+            compute, [count * self.hidden_size * dtype.itemsize for count in tokens], device
+        )
         (output,) = _unpack(answer, ((len(hidden_states), self.hidden_size),), (dtype,))
         kept = None
         if policy != "none":
@@ -173,8 +177,9 @@ class RankZeroRunner:
         """
         rank = self.transport.rank
         mine = saved.tokens[rank]
-        tokens = self._meet(
+        tokens, device = self._meet(
             lambda: check_gradient(grad_output, mine, self.hidden_size, self.layer_idx),
+            grad_output.device,
             _BACKWARD,
             mine,
             saved.top_k,
@@ -183,7 +188,7 @@ class RankZeroRunner:
         )
         row_bytes = self.hidden_size * saved.dtype.itemsize
         payload = _pack((grad_output.detach().to(saved.dtype),))
-        received = self.transport.to_rank_zero(payload, [count * row_bytes for count in tokens])
+        received = self.transport.to_rank_zero(payload, [count * row_bytes for count in tokens], device)
         gradients: Gradients | None = None
 
         def compute() -> list[tuple[torch.Tensor, ...]]:
@@ -206,7 +211,7 @@ class RankZeroRunner:
                 )
             )
 
-        answer = self._answer(compute, [count * (row_bytes + 4 * saved.top_k) for count in tokens])
+        answer = self._answer(compute, [count * (row_bytes + 4 * saved.top_k) for count in tokens], device)
         grad_hidden, grad_weights = _unpack(
             answer, ((mine, self.hidden_size), (mine, saved.top_k)), (saved.dtype, torch.float32)
         )
@@ -230,16 +235,19 @@ class RankZeroRunner:
     def _meet(
         self,
         check: Callable[[], None],
+        device: torch.device,
         phase: int,
         tokens: int,
         top_k: int,
         dtype: torch.dtype,
         flags: int,
-    ) -> list[int]:
-        """Tell all ranks what this one is about to do; the number of tokens of each."""
+    ) -> tuple[list[int], torch.device]:
+        """Tell all ranks what this one is about to do; the number of tokens of each, and where to exchange
+        them: on `device` if all ranks can, else on the CPU."""
         failure = _attempt(check)
         code = _DTYPES.index(dtype) if dtype in _DTYPES else -1
-        header = torch.tensor([failure is not None, phase, self.layer_idx, top_k, code, flags, tokens])
+        there = self.transport.takes(device)
+        header = torch.tensor([failure is not None, phase, self.layer_idx, top_k, code, flags, tokens, there])
         everyone = self.transport.all_gather(header.to(torch.int64))
         if everyone[:, 0].any():
             self._raise(failure)
@@ -254,10 +262,13 @@ class RankZeroRunner:
                 f"({kinds.tolist()}); all ranks must run the same layers in the same order"
             )
         counts: list[int] = everyone[:, 6].tolist()
-        return counts
+        return counts, device if bool(everyone[:, 7].all()) else torch.device("cpu")
 
     def _answer(
-        self, compute: Callable[[], list[tuple[torch.Tensor, ...]]], sizes: Sequence[int]
+        self,
+        compute: Callable[[], list[tuple[torch.Tensor, ...]]],
+        sizes: Sequence[int],
+        device: torch.device,
     ) -> torch.Tensor:
         """Compute on rank 0 and hand every rank its part, of `sizes` bytes, or the failure."""
         failure: BaseException | None = None
@@ -272,7 +283,7 @@ class RankZeroRunner:
             status = torch.tensor([failure is not None], dtype=torch.int64).view(torch.uint8)
             parts = [_pack(piece) for piece in pieces] if failure is None else map(_zeros, sizes)
             payloads = [torch.cat([status.to(part.device), part]) for part in parts]
-        answer = self.transport.from_rank_zero(payloads, 8 + sizes[self.transport.rank])
+        answer = self.transport.from_rank_zero(payloads, 8 + sizes[self.transport.rank], device)
         if int(answer[:8].cpu().view(torch.int64)):
             self._raise(failure)
         return answer[8:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,7 @@ __all__ = [
     "get_kt_named_trainable_params",
     "get_kt_rank_local_parameter_names",
     "get_kt_trainable_params",
+    "hidden_kt_parameters",
     "kt_adapt_peft_lora",
     "load_kt_moe_from_adapter",
     "load_lora_experts_from_adapter",
@@ -205,6 +207,39 @@ def update_kt_lora_pointers(model: nn.Module) -> None:
     """Pack trained weights again now, and not at the next forward. Not needed for adapters."""
     for _, layer in moe_layers(model):
         layer.core.pack_base(force=True)
+
+
+@contextmanager
+def hidden_kt_parameters(model: nn.Module) -> Iterator[None]:
+    """Take what is trained of the experts and lies in CPU memory out of the module tree for the block.
+
+    `torch.nn.parallel.DistributedDataParallel` refuses a model whose parameters are on several kinds of
+    devices, and NCCL cannot reduce gradients in CPU memory. Made in this block it looks after all other
+    parameters; call `sync_kt_lora_gradients` before each step of the optimizer. FSDP2 has `ignored_params`
+    for the same purpose.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        With its adapters connected by `kt_adapt_peft_lora`.
+    """
+    hidden = {id(parameter) for parameter in get_kt_trainable_params(model) if parameter.device.type == "cpu"}
+    changed = []
+    for module in model.modules():
+        held = {name: p for name, p in module._parameters.items() if id(p) in hidden}
+        if held:
+            changed.append((module, list(module._parameters), held))
+            for name in held:
+                del module._parameters[name]
+    try:
+        yield
+    finally:
+        for module, names, held in changed:
+            # In the order that they had, which is that of optimizers and saved states.
+            everything = {**module._parameters, **held}
+            ordered = {name: everything.pop(name) for name in names if name in everything}
+            module._parameters.clear()
+            module._parameters.update({**ordered, **everything})
 
 
 def sync_kt_lora_gradients(model: nn.Module) -> None:

@@ -44,7 +44,7 @@ class LoRASource(abc.ABC):
 
     @abc.abstractmethod
     def tensors(self) -> dict[str, torch.Tensor] | None:
-        """The six tensors, on the CPU and contiguous; None while the adapters are switched off."""
+        """The six tensors, where the parameters are; None while the adapters are switched off."""
 
     @abc.abstractmethod
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -261,7 +261,7 @@ class PerExpertLoRA(LoRASource):
 def _usable(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype not in (torch.bfloat16, torch.float32):
         raise KTAMXConfigError(f"adapters of experts must be bfloat16 or float32, got {tensor.dtype}")
-    return tensor.to("cpu").contiguous()
+    return tensor
 
 
 def _one_adapter(layers: Sequence[Any]) -> str:

@@ -1,28 +1,21 @@
-"""Bytes between rank 0 and the others, and news of failures among them."""
+"""Bytes between rank 0 and the others."""
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from ktk.sft.errors import KTAMXDistributedError
+from ktk.sft.failure import POLL_S, FailureBoard, current_board, is_distributed, make_current
 
-__all__ = ["FailureBoard", "Transport", "average_gradients", "failure_guard", "is_distributed", "world"]
+__all__ = ["Transport", "average_gradients", "is_distributed", "world"]
 
-_POLL_S = 0.5
-
-
-def is_distributed() -> bool:
-    """Whether there is more than one rank."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+_CPU = torch.device("cpu")
 
 
 def world() -> tuple[int, int]:
@@ -34,95 +27,65 @@ def average_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
     """Replace each gradient by its mean over all ranks; a gradient that is None counts as zero."""
     if not is_distributed():
         return
+    board = current_board()
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
+        # NCCL cannot reduce what is in CPU memory, where adapters of experts are.
+        group = board.group if board is not None and parameter.grad.device == _CPU else None
+        dist.all_reduce(parameter.grad, group=group)
         parameter.grad.div_(dist.get_world_size())
-
-
-class FailureBoard:
-    """Where a rank writes that it failed, and all ranks look: a key-value store that rank 0 serves."""
-
-    _KEY = "failure"
-
-    def __init__(self) -> None:
-        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        rank, port = dist.get_rank(), [0]
-        self._store: Any = None
-        if rank == 0:
-            self._store = TCPStore(host, 0, None, True, wait_for_workers=False)
-            port[0] = self._store.port
-        dist.broadcast_object_list(port, src=0)
-        if rank != 0:
-            self._store = TCPStore(host, port[0], None, False)
-
-    def post(self, text: str) -> None:
-        """Write a failure."""
-        self._store.set(self._KEY, text)
-
-    def read(self) -> str | None:
-        """The last failure that was written, or that the store is gone, and rank 0 with it; or None."""
-        try:
-            return self._store.get(self._KEY).decode() if self._store.check([self._KEY]) else None
-        except dist.DistError as error:
-            return f"rank 0 is gone ({error})"
-
-
-_boards: list[FailureBoard] = []
-
-
-@contextmanager
-def failure_guard() -> Iterator[None]:
-    """Tell the other ranks when the block fails; they raise at their next exchange, or in the one they wait
-    in.
-
-    Raises
-    ------
-    BaseException
-        What the block raised.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if is_distributed() and not isinstance(error, KTAMXDistributedError):
-            for board in _boards[-1:]:
-                board.post(f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
-        raise
 
 
 class Transport:
     """Moves bytes between rank 0 and the others. Replace it to place experts otherwise.
 
+    What the ranks tell each other goes over gloo, which can be watched, and which notices when a rank is
+    gone. Tensors on GPUs go over NCCL if the process group has it, and only when every rank is known to be
+    there: a collective of NCCL that lacks a rank waits on the GPU, and can only be aborted. All ranks must
+    make one at the same time.
+
     Parameters
     ----------
     timeout_s : float, default 1800
         Longest wait for a rank that says nothing.
+    bulk : {"nccl", "gloo"}, optional
+        Backend of a second group for tensors: on GPUs with NCCL, on the CPU with gloo. Default: NCCL if the
+        default process group has it, else none.
     """
 
-    def __init__(self, timeout_s: float = 1800.0) -> None:
+    def __init__(self, timeout_s: float = 1800.0, bulk: Literal["nccl", "gloo"] | None = None) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        # A group of its own: exchanges must not get between the collectives of DDP or FSDP.
-        self._group = dist.new_group(timeout=timedelta(seconds=timeout_s))
+        if bulk is None and torch.cuda.is_available() and "cuda:nccl" in dist.get_backend_config():
+            bulk = "nccl"
+        # Groups of their own: exchanges must not get between the collectives of DDP or FSDP.
+        timeout = timedelta(seconds=timeout_s)
+        self._control = dist.new_group(backend="gloo", timeout=timeout)
+        self._bulk = None if bulk is None else dist.new_group(backend=bulk, timeout=timeout)
+        self._bulk_kind = "cuda" if bulk == "nccl" else "cpu"
         self._timeout_s = timeout_s
-        self._board = FailureBoard()
-        _boards[:] = [self._board]
-        backend = dist.get_backend(self._group)
-        self.device = (
-            torch.device("cuda", torch.cuda.current_device()) if "nccl" in backend else torch.device("cpu")
-        )
+        self._board = FailureBoard(self._control)
+        make_current(self._board)
+
+    def takes(self, device: torch.device) -> bool:
+        """Whether tensors of this device can be exchanged there; all others pass through CPU memory."""
+        return self._bulk is not None and device.type == self._bulk_kind
 
     def _wait(self, works: Sequence[Any]) -> None:
         """Wait for all, looking every half second whether some rank has failed meanwhile."""
         deadline = time.monotonic() + self._timeout_s
-        pause, next_look = 1e-5, time.monotonic() + _POLL_S
+        pause, next_look = 1e-5, time.monotonic() + POLL_S
         for work in works:
             while not work.is_completed():
                 now = time.monotonic()
                 if now >= next_look:
-                    next_look = now + _POLL_S
-                    if (failure := self._board.read()) is not None:
-                        raise KTAMXDistributedError(f"another rank failed: {failure}")
+                    next_look = now + POLL_S
+                    if self._board.failure is not None:
+                        raise KTAMXDistributedError(f"another rank failed: {self._board.failure}")
+                    if self._board.lost is not None:
+                        raise KTAMXDistributedError(
+                            f"rank {self.rank} lost another rank at the experts: {self._board.lost}"
+                        )
                     if now > deadline:
                         raise KTAMXDistributedError(
                             f"rank {self.rank} waited {self._timeout_s:.0f} s for another rank at the experts"
@@ -132,44 +95,57 @@ class Transport:
             try:
                 work.wait()
             except RuntimeError as error:
-                failure = self._board.read() or str(error)
+                failure = self._board.look() or str(error)
                 raise KTAMXDistributedError(
                     f"rank {self.rank} lost another rank at the experts: {failure}"
                 ) from error
 
     def all_gather(self, header: torch.Tensor) -> torch.Tensor:
-        """Header ``[n]`` of every rank, int64 ``[world_size, n]`` on the CPU."""
-        mine = header.to(self.device)
-        parts = [torch.empty_like(mine) for _ in range(self.world_size)]
-        self._wait([dist.all_gather(parts, mine, group=self._group, async_op=True)])
-        return torch.stack(parts).cpu()
+        """Header ``[n]`` of every rank, on the CPU; ``[world_size, n]``."""
+        parts = [torch.empty_like(header) for _ in range(self.world_size)]
+        self._wait([dist.all_gather(parts, header, group=self._control, async_op=True)])
+        return torch.stack(parts)
 
     def all_gather_text(self, text: str) -> list[str]:
         """A text of every rank."""
         parts: list[Any] = [None] * self.world_size
-        dist.all_gather_object(parts, text, group=self._group)
+        dist.all_gather_object(parts, text, group=self._control)
         return [str(part) for part in parts]
 
-    def to_rank_zero(self, payload: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
-        """Send uint8 `payload` to rank 0; there, the payload of every rank, whose sizes are `sizes`."""
+    def to_rank_zero(
+        self, payload: torch.Tensor, sizes: Sequence[int], device: torch.device
+    ) -> list[torch.Tensor]:
+        """Send uint8 `payload` to rank 0; there, the payload of every rank, whose sizes are `sizes`.
+
+        All ranks are about to send: they have met in `all_gather`. `device`: the CPU, or on every rank one
+        that the transport `takes`.
+        """
         nothing = [0] * self.world_size
         sent = [payload.numel(), *nothing[1:]]
-        received = self._exchange(payload, sent, list(sizes) if self.rank == 0 else nothing)
+        received = self._exchange(payload, sent, list(sizes) if self.rank == 0 else nothing, device)
         return list(received.split(list(sizes))) if self.rank == 0 else []
 
-    def from_rank_zero(self, payloads: Sequence[torch.Tensor] | None, size: int) -> torch.Tensor:
-        """On rank 0, send each rank its payload; returns this rank's, of `size` bytes."""
+    def from_rank_zero(
+        self, payloads: Sequence[torch.Tensor] | None, size: int, device: torch.device
+    ) -> torch.Tensor:
+        """On rank 0, send each rank its payload; returns this rank's, of `size` bytes, on `device`."""
+        if self.takes(device):
+            # Rank 0 may compute for long, or fail, before it sends.
+            self.all_gather(torch.zeros(1, dtype=torch.int64))
         nothing = [0] * self.world_size
         if payloads is None:
             data, sent = torch.empty(0, dtype=torch.uint8), nothing
         else:
             data, sent = torch.cat(list(payloads)), [payload.numel() for payload in payloads]
-        return self._exchange(data, sent, [size, *nothing[1:]])
+        return self._exchange(data, sent, [size, *nothing[1:]], device)
 
-    def _exchange(self, data: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
+    def _exchange(
+        self, data: torch.Tensor, sent: list[int], received: list[int], device: torch.device
+    ) -> torch.Tensor:
         # One collective with sizes for each rank, and not sends and receives: under gloo only collectives can
         # be watched while they wait.
-        mine = data.to(self.device).contiguous()
-        result = torch.empty(sum(received), dtype=torch.uint8, device=self.device)
-        self._wait([dist.all_to_all_single(result, mine, received, sent, group=self._group, async_op=True)])
+        group = self._bulk if self.takes(device) else self._control
+        mine = data.to(device).contiguous()
+        result = torch.empty(sum(received), dtype=torch.uint8, device=device)
+        self._wait([dist.all_to_all_single(result, mine, received, sent, group=group, async_op=True)])
         return result

@@ -1,4 +1,4 @@
-"""What torchrun starts in a test: ``launched.py FOLDER``. One step, prepared by an `Accelerator`."""
+"""What torchrun starts in a test: ``launched.py BACKEND FOLDER``. One step, prepared by an `Accelerator`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sft.ranks import model, save, step
 
 def main() -> None:
     torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=sys.argv[1] == "gloo")
     inner = model()
     optimizer = torch.optim.SGD([p for p in inner.parameters() if p.requires_grad], lr=0.1)
     found, optimizer = accelerator.prepare(inner, optimizer)
     assert accelerator.num_processes == 2
-    step(found, accelerator.process_index, accelerator.num_processes)
-    save(found, Path(sys.argv[1]))
+    step(found, accelerator.process_index, accelerator.num_processes, accelerator.device)
+    save(found, Path(sys.argv[2]))
     optimizer.step()
     accelerator.wait_for_everyone()
     # At once: a Gloo group that DDP frees may wait for its own thread, which waits for the interpreter.

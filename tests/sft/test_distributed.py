@@ -1,4 +1,7 @@
-"""Two ranks against one, with the experts on rank 0 only; and what happens when a rank fails."""
+"""Two ranks against one, with the experts on rank 0 only; and what happens when a rank fails.
+
+Over gloo on the CPU, and over NCCL where each rank has a GPU.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from conftest import python_path
 from ktk.sft import kt_adapt_peft_lora
@@ -26,13 +30,27 @@ pytestmark = pytest.mark.any_binding
 TESTS = Path(__file__).resolve().parent.parent
 FAILURE_LIMIT_S = 30.0
 
+GPUS = torch.cuda.device_count() if torch.cuda.is_available() and dist.is_nccl_available() else 0
+BACKENDS = (
+    "gloo",
+    pytest.param(
+        "nccl",
+        marks=pytest.mark.skipif(
+            GPUS < 2, reason=f"NCCL has one GPU a rank: needs two, PyTorch can use {GPUS} here"
+        ),
+    ),
+)
 
 TOGETHER = (
     "ddp",
     "ddp_checkpointed",
+    "ddp_apart",
     "fsdp2",
+    "fsdp2_apart",
     "alone",
     "tokens",
+    "tokens_in_two_groups",
+    "tokens_mixed",
     "wrong_dtype",
     "too_many_tokens",
     "nan_gradient",
@@ -43,15 +61,24 @@ TOGETHER = (
 )
 
 
-def run(cases: str, folder: Path, world: int = 2) -> tuple[list[int], float]:
-    """Exit codes of all ranks, and the seconds between the first end and the last."""
+@dataclass(frozen=True)
+class Outcome:
+    """Where the files of each case are, how each rank ended, and when, in seconds from the first end."""
+
+    folder: Path
+    codes: list[int]
+    ends_s: list[float]
+
+
+def run(backend: str, cases: str, folder: Path, world: int = 2) -> Outcome:
+    """Run cases in a process for each rank."""
     environment = {**os.environ, "PYTHONPATH": python_path(TESTS), "OMP_NUM_THREADS": "1"}
     program = str(TESTS / "sft" / "ranks.py")
     ends: dict[int, float] = {}
     with (folder / "log").open("wb") as log:
         ranks = [
             subprocess.Popen(
-                [sys.executable, program, cases, str(rank), str(world), str(folder)],
+                [sys.executable, program, backend, cases, str(rank), str(world), str(folder)],
                 env=environment,
                 cwd=folder,
                 stderr=log,
@@ -68,7 +95,10 @@ def run(cases: str, folder: Path, world: int = 2) -> tuple[list[int], float]:
             for process in ranks:
                 process.kill()
                 process.wait()
-    return [process.returncode for process in ranks], max(ends.values()) - min(ends.values())
+    first = min(ends.values())
+    return Outcome(
+        folder, [process.returncode for process in ranks], [ends[process.pid] - first for process in ranks]
+    )
 
 
 def errors_of(folder: Path) -> list[str]:
@@ -77,33 +107,25 @@ def errors_of(folder: Path) -> list[str]:
     ]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Where the files of each case are, how the ranks ended, and how far apart."""
-
-    folder: Path
-    codes: list[int]
-    apart_s: float
-
-
-@pytest.fixture(scope="module")
-def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+@pytest.fixture(scope="module", params=BACKENDS)
+def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """All cases in one pair of processes: a failure that all ranks know of leaves them usable.
 
     One pair for all processes of pytest-xdist: the first that comes runs it, and the others wait.
     """
+    backend = str(request.param)
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
-    done = shared / "ranks.json"
-    with (shared / "ranks.lock").open("w") as lock:
+    done = shared / f"ranks-{backend}.json"
+    with (shared / f"ranks-{backend}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
             folder = tmp_path_factory.mktemp("ranks")
-            codes, apart_s = run(",".join(TOGETHER), folder)
-            done.write_text(json.dumps([str(folder), codes, apart_s]))
-    place, codes, apart_s = json.loads(done.read_text())
-    return Outcome(Path(place), codes, apart_s)
+            found = run(backend, ",".join(TOGETHER), folder)
+            done.write_text(json.dumps([str(folder), found.codes, found.ends_s]))
+    place, codes, ends_s = json.loads(done.read_text())
+    return Outcome(Path(place), codes, ends_s)
 
 
 @pytest.fixture
@@ -123,7 +145,15 @@ def expected_gradients(fused: bool) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("case", "fused"), [("ddp", False), ("ddp_checkpointed", True), ("fsdp2", True), ("alone", False)]
+    ("case", "fused"),
+    [
+        ("ddp", False),
+        ("ddp_checkpointed", True),
+        ("ddp_apart", True),
+        ("fsdp2", True),
+        ("fsdp2_apart", True),
+        ("alone", False),
+    ],
 )
 def test_gradients_of_two_ranks_are_those_of_one(case: str, fused: bool, together: Path) -> None:
     assert errors_of(together / case) == ["", ""]
@@ -135,8 +165,9 @@ def test_gradients_of_two_ranks_are_those_of_one(case: str, fused: bool, togethe
         assert (actual[name] - wanted).norm() <= 2e-3 * wanted.norm() + 1e-7, name
 
 
-def test_any_number_of_tokens_a_rank(together: Path) -> None:
-    assert errors_of(together / "tokens") == ["", ""]
+@pytest.mark.parametrize("case", ["tokens", "tokens_in_two_groups", "tokens_mixed"])
+def test_any_number_of_tokens_a_rank(case: str, together: Path) -> None:
+    assert errors_of(together / case) == ["", ""]
     model = wrap(eager("qwen3_moe"))
     kt_adapt_peft_lora(model)
     draw_adapters(model)
@@ -148,7 +179,7 @@ def test_any_number_of_tokens_a_rank(together: Path) -> None:
         weights = torch.rand(sum(counts), 3, generator=generator).requires_grad_()
         output = experts(x, ids, weights)
         (output * output).sum().backward()
-        parts = [torch.load(together / "tokens" / f"{name}-{rank}.pt") for rank in range(2)]
+        parts = [torch.load(together / case / f"{name}-{rank}.pt") for rank in range(2)]
         assert [len(part[0]) for part in parts] == list(counts)
         for actual, wanted in zip(zip(*parts, strict=True), (output, x.grad, weights.grad), strict=True):
             assert wanted is not None
@@ -178,21 +209,44 @@ def test_a_failure_elsewhere_ends_the_wait_at_the_experts(together: Path) -> Non
 def test_a_rank_that_dies_takes_the_others_down(outcome: Outcome) -> None:
     assert outcome.codes == [0, 3]
     assert "lost another rank" in errors_of(outcome.folder / "dies")[0]
-    assert outcome.apart_s < FAILURE_LIMIT_S
+    assert max(outcome.ends_s) < FAILURE_LIMIT_S
 
 
-def test_accelerator_under_torchrun(tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("case", "message"), [("stuck", "no more data"), ("killed", "rank 1 is gone")])
+def test_a_failure_ends_ranks_that_wait_outside_of_the_experts(
+    case: str, message: str, backend: str, tmp_path: Path
+) -> None:
+    found = run(backend, case, tmp_path)
+    log = (tmp_path / "log").read_text()
+    assert found.codes == [1, 3], log
+    assert re.search(f"ktk: rank 0 was still within failure_guard.*{message}", log), log
+    # The rank that fails in "stuck" lives on for 20 s.
+    assert (found.ends_s[0] < found.ends_s[1]) if case == "stuck" else (found.ends_s[0] < FAILURE_LIMIT_S)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rank_that_is_done_may_end_before_the_others(backend: str, tmp_path: Path) -> None:
+    assert run(backend, "leaves", tmp_path).codes == [0, 0]
+    assert errors_of(tmp_path / "leaves") == ["", ""]
+    assert all((tmp_path / "leaves" / f"done-{rank}").exists() for rank in range(2))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_accelerator_under_torchrun(backend: str, tmp_path: Path) -> None:
     """``accelerate launch`` itself starts several processes on GPUs only, or through MPI."""
+    # Accelerate has each rank wait on a GPU of its own if there is any.
+    cpu_only = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""} if backend == "gloo" else {}
     launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [sys.executable, "-m", *launch, str(TESTS / "sft" / "launched.py"), str(tmp_path)],
+        [sys.executable, "-m", *launch, str(TESTS / "sft" / "launched.py"), backend, str(tmp_path)],
         env={
             **os.environ,
             "PYTHONPATH": python_path(TESTS),
             "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "true",
-            # Accelerate has each rank wait on a GPU of its own if there is any.
-            "CUDA_VISIBLE_DEVICES": "",
+            **cpu_only,
         },
         cwd=tmp_path,
         capture_output=True,
