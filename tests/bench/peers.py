@@ -272,7 +272,7 @@ class Sglang:
             narrow(batch, ids),
             self.method,
             *self.extra,
-            *[None] * 5,
+            *[None] * 6,
             True,
         )
 
