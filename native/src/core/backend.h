@@ -41,7 +41,9 @@ struct Gemm {
   int32_t scale_is_bf16;    // scales of groups; those of rows are fp32
   int32_t factor_groups;    // groups with integer factors under one scale a row; 0: none
   int32_t factor_shift;     // column >> factor_shift: its group of factors
-  int32_t sums;             // of a row of activations, see FormatKernels::pair_sums
+  // Sums of a row of activations, one for each segment; with factors, behind each those of its steps: of the
+  // two halves, as 16-bit numbers, the first in the low one.
+  int32_t sums;
   int32_t sums_per_row_group;
   // Columns of the intermediate that are made together, because they share a scale where there are scales: of
   // the gemm that multiplies with it.
@@ -196,11 +198,8 @@ struct FormatKernels {
   const char *name;
   int32_t tile_bytes;
   int32_t step_columns;
-  int32_t integer;  // int8 activations with scales, else bf16
-  int32_t factors;  // groups have integer factors under one scale a row, instead of scales
-  // Sums of activations are needed for each half of a step, as two 16-bit numbers, the first half in the low
-  // one; else one for each segment.
-  int32_t pair_sums;
+  int32_t integer;    // int8 activations with scales, else bf16
+  int32_t factors;    // groups have integer factors under one scale a row, instead of scales
   int32_t tile_rows;  // rows from which the matrix-unit kernel is used; 0: never
   void (*quantise)(const QuantiseArgs *);
   void (*gather)(const GatherArgs *);

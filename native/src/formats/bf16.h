@@ -18,10 +18,15 @@ struct Bf16 {
 
   template <class Ops, int NT, int MR>
   KTK_INLINE void step(typename Ops::F (&sum)[MR][NT], const uint8_t *rows, const uint8_t *tiles,
-                       int64_t tile_stride_bytes) {
-    for (int pair = 0; pair < 16; pair++) {
+                       int64_t tile_stride_bytes, int64_t ahead_bytes) {
+    const int pairs = rolled(16);
+    for (int pair = 0; pair < pairs; pair++) {
       typename Ops::WB weights[NT];
-      for (int j = 0; j < NT; j++) weights[j] = Ops::split_bf16(tiles + j * tile_stride_bytes + pair * 64);
+      for (int j = 0; j < NT; j++) {
+        const uint8_t *line = tiles + j * tile_stride_bytes + pair * 64;
+        fetch_ahead(line, ahead_bytes);
+        weights[j] = Ops::split_bf16(line);
+      }
       for (int r = 0; r < MR; r++) {
         const typename Ops::AB activations = Ops::pair_bf16(rows + r * kStepBytes + pair * 4);
         for (int j = 0; j < NT; j++) sum[r][j] = Ops::dot_bf16(sum[r][j], weights[j], activations);
@@ -34,7 +39,7 @@ struct Bf16 {
   KTK_INLINE void columns(const uint8_t *tile, int pair, const uint8_t *, typename Ops::F *even,
                           typename Ops::F *odd) {
     const typename Ops::I words = Ops::load_i(tile + pair * 64);
-    *even = Ops::as_f(Ops::shift_left_16(words));
+    *even = Ops::as_f(Ops::shift_left_i(words, 16));
     *odd = Ops::as_f(Ops::and_i(words, Ops::set1_i((int32_t)0xffff0000)));
   }
 
@@ -51,7 +56,7 @@ struct Bf16 {
           const uint16_t *from = (const uint16_t *)args->rows[n] + args->first_column + first;
           const typename Ops::I pairs = Ops::load_i(from);
           __builtin_prefetch(from + kPackAheadBytes / 2, 0, 0);
-          largest = larger_magnitude<Ops>(largest, Ops::shift_left_16(pairs));
+          largest = larger_magnitude<Ops>(largest, Ops::shift_left_i(pairs, 16));
           largest = larger_magnitude<Ops>(largest, Ops::and_i(pairs, Ops::set1_i((int32_t)0xffff0000)));
           Ops::store_i(values[n], pairs);
           continue;

@@ -8,8 +8,9 @@
 //   kFactors         groups of columns have integer factors under one scale a row (integer formats)
 //   kScaledToBf16    weights that turn into a bf16 tile as they are read; kStepsOfScale steps share a scale
 //   kZeroPoint       integer formats: the byte that means 0
-//   step             adds one step of MR activation rows (64 bytes apart) times NT tiles; not where tiles
-//                    turn into bf16
+//   step             adds one step of MR activation rows (64 bytes apart) times NT tiles, and fetches what
+//   lies
+//                    ahead_bytes behind each line it reads; not where tiles turn into bf16
 //   kExpands         whether a tile must be expanded to be a matrix-unit operand
 //   expand_tile      if so: into the given 1024 bytes, with the scales of its 16 rows if kScaledToBf16, with
 //                    their factors if kFactors
@@ -29,7 +30,21 @@ struct StepFactors {
   int64_t tile_stride_bytes;
   const int32_t *sums;  // with pair sums: those of the rows' step, row_stride apart
   int64_t row_stride;
+  // The same from another tile on.
+  KTK_MEMBER StepFactors from_tile(int tile) const {
+    return {low + tile * tile_stride_bytes, high + tile * tile_stride_bytes, tile_stride_bytes, sums,
+            row_stride};
+  }
 };
+
+// What lies `ahead_bytes` behind a line that is being read; 0: left to the processor.
+KTK_INLINE void fetch_ahead(const uint8_t *line, int64_t ahead_bytes) {
+  if (ahead_bytes > 0) __builtin_prefetch(line + ahead_bytes, 0, 3);
+}
+template <class Format>
+KTK_INLINE void fetch_tile_ahead(const uint8_t *tile, int64_t ahead_bytes) {
+  for (int line = 0; line < Format::kTileBytes; line += 64) fetch_ahead(tile + line, ahead_bytes);
+}
 
 constexpr int kFactorBytes = 2 * kPanelColumns;  // of a group in a panel
 
@@ -138,7 +153,7 @@ template <class Ops>
 KTK_INLINE typename Ops::I tile_line(const typename Ops::I *codes) {
   typename Ops::I line = codes[3];
   for (int i = 2; i >= 0; i--) {
-    line = Ops::add_i(Ops::shift_left_4(Ops::shift_left_4(line)), codes[i]);
+    line = Ops::add_i(Ops::shift_left_i(line, 8), codes[i]);
   }
   return line;
 }

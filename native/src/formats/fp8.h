@@ -19,19 +19,16 @@ struct Fp8 {
   static constexpr int kZeroPoint = 0;
   static constexpr Multiply kMultiply = Multiply::bf16;
   static constexpr float kLargest = 448.0f;
-  static constexpr float kLeastNormal = 0.015625f;        // 2^-6
   static constexpr int32_t kBiasOfCodes = (127 - 7) * 8;  // of an fp32's exponent and 3 bits of mantissa
   static constexpr int kStepsOfScale = kScaleBlock / kStepColumns;
 
-  // The value of codes: 7 bits at bit 20 of each lane, where an fp32 has exponent and mantissa, and the sign
-  // bit of `signs`. Normal codes lack a bias of 120. Those below 2^-6 read with it as 2^-7 (1 + m / 8)
-  // instead of 2^-6 m / 8; twice that less 2^-6 is right for them, and for normal ones too large. All exact.
+  // The values of codes in the top bytes of lanes. Four bits further down, exponent and mantissa are those of
+  // an fp32 that lacks a bias of 120, codes below 2^-6 being subnormal; the product is exact.
   template <class Ops>
-  KTK_INLINE typename Ops::F decode(typename Ops::I magnitudes, typename Ops::I signs) {
-    const typename Ops::F biased = Ops::as_f(Ops::add_i(magnitudes, Ops::set1_i(120 << 23)));
-    const typename Ops::F twice = Ops::as_f(Ops::add_i(magnitudes, Ops::set1_i(121 << 23)));
-    const typename Ops::F value = Ops::min(biased, Ops::add(twice, Ops::set1_f(-kLeastNormal)));
-    return Ops::as_f(Ops::xor_i(Ops::as_i(value), Ops::and_i(signs, Ops::set1_i((int32_t)0x80000000))));
+  KTK_INLINE typename Ops::F decode(typename Ops::I codes) {
+    const typename Ops::I bits =
+        Ops::and_i(Ops::shift_right_signed(codes, 4), Ops::set1_i((int32_t)0x87f00000));
+    return Ops::mul(Ops::as_f(bits), Ops::set1_f(0x1p120f));
   }
 
   // Columns 2 `pair` and 2 `pair` + 1 of the 16 rows, before the scale.
@@ -39,16 +36,12 @@ struct Fp8 {
   KTK_INLINE void columns(const uint8_t *tile, int pair, const uint8_t *, typename Ops::F *even,
                           typename Ops::F *odd) {
     const typename Ops::I quads = Ops::load_i(tile + pair / 2 * 64);
-    const typename Ops::I mask = Ops::set1_i(0x7f << 20);
     if (pair % 2 == 0) {
-      *even = decode<Ops>(Ops::and_i(Ops::shift_left_4(Ops::shift_left_16(quads)), mask),
-                          Ops::shift_left_4(Ops::shift_left_4(Ops::shift_left_16(quads))));
-      const typename Ops::I second = Ops::shift_left_4(Ops::shift_left_4(Ops::shift_left_4(quads)));
-      *odd = decode<Ops>(Ops::and_i(second, mask), Ops::shift_left_16(quads));
+      *even = decode<Ops>(Ops::shift_left_i(quads, 24));
+      *odd = decode<Ops>(Ops::shift_left_i(quads, 16));
     } else {
-      const typename Ops::I third = Ops::shift_left_4(quads);
-      *even = decode<Ops>(Ops::and_i(third, mask), Ops::shift_left_4(third));
-      *odd = decode<Ops>(Ops::and_i(Ops::shift_right_i(quads, 4), mask), quads);
+      *even = decode<Ops>(Ops::shift_left_i(quads, 8));
+      *odd = decode<Ops>(quads);
     }
   }
 

@@ -10,6 +10,37 @@
 
 #include "formats/format.h"
 
+// Sums of nibbles times activations over 8 quads, which then meet their group's multipliers. Words: where a
+// set has no product of bytes, in 16 bits.
+template <class Ops, bool Words = Ops::kWordSums>
+struct NibbleSums {
+  typedef typename Ops::I Sum;
+  typedef typename Ops::A8 Activations;
+  KTK_INLINE Sum zero() { return Ops::zero_i(); }
+  KTK_INLINE Activations activations(const uint8_t *p) { return Ops::quad_s8(p); }
+  KTK_INLINE Sum add(Sum sum, typename Ops::I nibbles, Activations quad) {
+    return Ops::dot_u8s8(sum, nibbles, quad);
+  }
+  KTK_INLINE typename Ops::I multipliers(const uint8_t *p) { return Ops::load_u8(p); }
+  KTK_INLINE typename Ops::I add_to(typename Ops::I total, Sum sum, typename Ops::I multipliers) {
+    return Ops::add_i(total, Ops::mul_i(sum, multipliers));
+  }
+};
+template <class Ops>
+struct NibbleSums<Ops, true> {
+  typedef typename Ops::Q Sum;
+  typedef typename Ops::I Activations;
+  KTK_INLINE Sum zero() { return Ops::zero_quads(); }
+  KTK_INLINE Activations activations(const uint8_t *p) { return Ops::quad_u4(p); }
+  KTK_INLINE Sum add(Sum sum, typename Ops::I nibbles, Activations quad) {
+    return Ops::add_quad(sum, nibbles, quad);
+  }
+  KTK_INLINE typename Ops::I multipliers(const uint8_t *p) { return Ops::words_of(p); }
+  KTK_INLINE typename Ops::I add_to(typename Ops::I total, Sum sum, typename Ops::I multipliers) {
+    return Ops::add_quads(total, sum, multipliers);
+  }
+};
+
 struct Int4 {
   static constexpr const char *kName = "int4";
   static constexpr int kStepColumns = 64;
@@ -26,8 +57,9 @@ struct Int4 {
   template <class Ops>
   struct Bytes {
     typename Ops::I multiplier, offset;
-    KTK_MEMBER explicit Bytes(const uint8_t *factors)
-        : multiplier(Ops::words_of(factors)), offset(Ops::bytes_of(factors + kPanelColumns)) {}
+    KTK_INLINE Bytes of_group(const uint8_t *factors) {
+      return {Ops::words_of(factors), Ops::bytes_of(factors + kPanelColumns)};
+    }
     // The product of a nibble and a multiplier stays within its byte, so 16-bit products do.
     KTK_MEMBER typename Ops::I of(typename Ops::I nibbles) const {
       return Ops::add_bytes(Ops::mul_words(nibbles, multiplier), offset);
@@ -35,90 +67,111 @@ struct Int4 {
   };
 
   template <class Ops, bool High>
-  KTK_INLINE typename Ops::I nibbles(const uint8_t *tile, int quad) {
-    const typename Ops::I bytes = Ops::load_i(tile + quad * 64);
+  KTK_INLINE typename Ops::I nibbles(const uint8_t *line) {
+    const typename Ops::I bytes = Ops::load_i(line);
     return High ? Ops::high_nibbles(bytes) : Ops::low_nibbles(bytes);
   }
 
-  // Half a step, where a u8 times an s8 is one instruction: nibbles become bytes first.
-  template <class Ops, int NT, int MR, bool High>
-  KTK_INLINE void add_bytes(typename Ops::I (&sum)[MR][NT], const uint8_t *rows, const uint8_t *tiles,
-                            int64_t tile_stride_bytes, const uint8_t *factors, int64_t factor_stride_bytes) {
-    typename Ops::I multiplier[NT], offset[NT];
-    for (int j = 0; j < NT; j++) {
-      const Bytes<Ops> bytes(factors + j * factor_stride_bytes);
-      multiplier[j] = bytes.multiplier;
-      offset[j] = bytes.offset;
-    }
-    const int quads = rolled(8);
-    for (int quad = 0; quad < quads; quad++) {
-      typename Ops::W8 weights[NT];
-      for (int j = 0; j < NT; j++) {
-        const typename Ops::I codes = nibbles<Ops, High>(tiles + j * tile_stride_bytes, quad);
-        weights[j] = Ops::add_bytes(Ops::mul_words(codes, multiplier[j]), offset[j]);
-      }
-      for (int r = 0; r < MR; r++) {
-        const typename Ops::A8 activations = Ops::quad_s8(rows + r * kStepBytes + quad * 4);
-        for (int j = 0; j < NT; j++) sum[r][j] = Ops::dot_u8s8(sum[r][j], weights[j], activations);
-      }
-    }
-  }
-
-  // Half a step, where it is not: 16-bit sums of nibbles, which meet their multiplier as they widen.
+  // Half a step: sums of nibbles, which meet their group's multiplier afterwards.
   template <class Ops, int NT, int MR, bool High>
   KTK_INLINE void add_nibbles(typename Ops::I (&sum)[MR][NT], const uint8_t *rows, const uint8_t *tiles,
-                              int64_t tile_stride_bytes, const uint8_t *factors,
+                              int64_t tile_stride_bytes, int64_t ahead_bytes, const uint8_t *factors,
                               int64_t factor_stride_bytes) {
-    typename Ops::Q part[MR][NT];
+    typedef NibbleSums<Ops> Sums;
+    typename Sums::Sum part[MR][NT];
     for (int r = 0; r < MR; r++) {
-      for (int j = 0; j < NT; j++) part[r][j] = Ops::zero_quads();
+      for (int j = 0; j < NT; j++) part[r][j] = Sums::zero();
     }
     const int quads = rolled(8);
     for (int quad = 0; quad < quads; quad++) {
       typename Ops::I weights[NT];
-      for (int j = 0; j < NT; j++) weights[j] = nibbles<Ops, High>(tiles + j * tile_stride_bytes, quad);
+      for (int j = 0; j < NT; j++) {
+        const uint8_t *line = tiles + j * tile_stride_bytes + quad * 64;
+        if (!High) fetch_ahead(line, ahead_bytes);
+        weights[j] = nibbles<Ops, High>(line);
+      }
       for (int r = 0; r < MR; r++) {
-        const typename Ops::I activations = Ops::quad_u4(rows + r * kStepBytes + quad * 4);
-        for (int j = 0; j < NT; j++) part[r][j] = Ops::add_quad(part[r][j], weights[j], activations);
+        const auto activations = Sums::activations(rows + r * kStepBytes + quad * 4);
+        for (int j = 0; j < NT; j++) part[r][j] = Sums::add(part[r][j], weights[j], activations);
       }
     }
     for (int j = 0; j < NT; j++) {
-      const typename Ops::I multiplier = Ops::words_of(factors + j * factor_stride_bytes);
-      for (int r = 0; r < MR; r++) sum[r][j] = Ops::add_quads(sum[r][j], part[r][j], multiplier);
+      const typename Ops::I multipliers = Sums::multipliers(factors + j * factor_stride_bytes);
+      for (int r = 0; r < MR; r++) sum[r][j] = Sums::add_to(sum[r][j], part[r][j], multipliers);
     }
   }
 
-  template <class Ops, int NT, int MR, int Halves>
-  KTK_INLINE void step(typename Ops::I (&sum)[Halves][MR][NT], const uint8_t *rows, const uint8_t *tiles,
-                       int64_t tile_stride_bytes, const StepFactors &factors) {
-    static_assert(Halves == 1, "a scale covers a row, or 128 columns of it");
+  // A step of nibbles. Offsets, less what stands for 0, meet the sums of the rows' columns.
+  template <class Ops, int NT, int MR>
+  KTK_INLINE void add_nibbles(typename Ops::I (&sum)[MR][NT], const uint8_t *rows, const uint8_t *tiles,
+                              int64_t tile_stride_bytes, int64_t ahead_bytes, const StepFactors &factors) {
     const int64_t stride = factors.tile_stride_bytes;
-    if constexpr (Ops::kPairSums) {
-      add_nibbles<Ops, NT, MR, false>(sum[0], rows, tiles, tile_stride_bytes, factors.low, stride);
-      add_nibbles<Ops, NT, MR, true>(sum[0], rows + 32, tiles, tile_stride_bytes, factors.high, stride);
+    add_nibbles<Ops, NT, MR, false>(sum, rows, tiles, tile_stride_bytes, ahead_bytes, factors.low, stride);
+    add_nibbles<Ops, NT, MR, true>(sum, rows + 32, tiles, tile_stride_bytes, ahead_bytes, factors.high,
+                                   stride);
+    for (int j = 0; j < NT; j++) {
+      const typename Ops::I low = Ops::load_u8(factors.low + j * stride + kPanelColumns);
+      const typename Ops::I high = Ops::load_u8(factors.high + j * stride + kPanelColumns);
+      const typename Ops::I offsets = Ops::sub_words(Ops::add_i(low, Ops::shift_left_i(high, 16)),
+                                                     Ops::set1_i(kZeroPoint << 16 | kZeroPoint));
+      for (int r = 0; r < MR; r++) {
+        const typename Ops::I row_sums = Ops::set1_i(factors.sums[r * factors.row_stride]);
+        sum[r][j] = Ops::add_i(sum[r][j], Ops::dot_words(offsets, row_sums));
+      }
+    }
+  }
+
+  // A step of bytes: rows enough share what it takes to make them of nibbles.
+  template <class Ops, int NT, int MR>
+  KTK_INLINE void add_bytes(typename Ops::I (&sum)[MR][NT], const uint8_t *rows, const uint8_t *tiles,
+                            int64_t tile_stride_bytes, int64_t ahead_bytes, const StepFactors &factors) {
+    Bytes<Ops> low[NT], high[NT];
+    for (int j = 0; j < NT; j++) {
+      low[j] = Bytes<Ops>::of_group(factors.low + j * factors.tile_stride_bytes);
+      high[j] = Bytes<Ops>::of_group(factors.high + j * factors.tile_stride_bytes);
+    }
+    const int quads = rolled(8);
+    for (int quad = 0; quad < quads; quad++) {
+      typename Ops::W8 low_weights[NT], high_weights[NT];
       for (int j = 0; j < NT; j++) {
-        const typename Ops::I low = Ops::load_u8(factors.low + j * stride + kPanelColumns);
-        const typename Ops::I high = Ops::load_u8(factors.high + j * stride + kPanelColumns);
-        const typename Ops::I offsets = Ops::sub_words(Ops::add_i(low, Ops::shift_left_16(high)),
-                                                       Ops::set1_i(kZeroPoint << 16 | kZeroPoint));
-        for (int r = 0; r < MR; r++) {
-          const typename Ops::I row_sums = Ops::set1_i(factors.sums[r * factors.row_stride]);
-          sum[0][r][j] = Ops::add_i(sum[0][r][j], Ops::dot_words(offsets, row_sums));
+        const uint8_t *line = tiles + j * tile_stride_bytes + quad * 64;
+        fetch_ahead(line, ahead_bytes);
+        low_weights[j] = low[j].of(nibbles<Ops, false>(line));
+        high_weights[j] = high[j].of(nibbles<Ops, true>(line));
+      }
+      for (int r = 0; r < MR; r++) {
+        const uint8_t *activations = rows + r * kStepBytes + quad * 4;
+        const typename Ops::A8 first = Ops::quad_s8(activations), second = Ops::quad_s8(activations + 32);
+        for (int j = 0; j < NT; j++) {
+          sum[r][j] = Ops::dot_u8s8(sum[r][j], low_weights[j], first);
+          sum[r][j] = Ops::dot_u8s8(sum[r][j], high_weights[j], second);
         }
       }
+    }
+  }
+
+  // Whether products of so many rows are sums of nibbles, not of bytes.
+  template <class Ops, int MR>
+  static constexpr bool kSumsNibbles = Ops::kWordSums || MR <= 4;
+
+  template <class Ops, int NT, int MR, int Halves>
+  KTK_INLINE void step(typename Ops::I (&sum)[Halves][MR][NT], const uint8_t *rows, const uint8_t *tiles,
+                       int64_t tile_stride_bytes, int64_t ahead_bytes, const StepFactors &factors) {
+    static_assert(Halves == 1, "a scale covers a row, or 128 columns of it");
+    if constexpr (kSumsNibbles<Ops, MR>) {
+      add_nibbles<Ops, NT, MR>(sum[0], rows, tiles, tile_stride_bytes, ahead_bytes, factors);
     } else {
-      add_bytes<Ops, NT, MR, false>(sum[0], rows, tiles, tile_stride_bytes, factors.low, stride);
-      add_bytes<Ops, NT, MR, true>(sum[0], rows + 32, tiles, tile_stride_bytes, factors.high, stride);
+      add_bytes<Ops, NT, MR>(sum[0], rows, tiles, tile_stride_bytes, ahead_bytes, factors);
     }
   }
 
   // Nibbles to the bytes that stand for them: quads 0-7 from the low ones, 8-15 from the high ones.
   template <class Ops>
   KTK_INLINE void expand_tile(const uint8_t *tile, const StepFactors &factors, uint8_t *operand) {
-    const Bytes<Ops> low(factors.low), high(factors.high);
+    const Bytes<Ops> low = Bytes<Ops>::of_group(factors.low), high = Bytes<Ops>::of_group(factors.high);
     for (int quad = 0; quad < 8; quad++) {
-      Ops::store_i(operand + quad * 64, low.of(nibbles<Ops, false>(tile, quad)));
-      Ops::store_i(operand + (quad + 8) * 64, high.of(nibbles<Ops, true>(tile, quad)));
+      Ops::store_i(operand + quad * 64, low.of(nibbles<Ops, false>(tile + quad * 64)));
+      Ops::store_i(operand + (quad + 8) * 64, high.of(nibbles<Ops, true>(tile + quad * 64)));
     }
   }
 
@@ -128,8 +181,8 @@ struct Int4 {
                           typename Ops::F *odd) {
     const int quad = pair % 16 / 2;
     const typename Ops::I codes =
-        pair < 16 ? nibbles<Ops, false>(tile, quad) : nibbles<Ops, true>(tile, quad);
-    const typename Ops::I quads = Bytes<Ops>(factors).of(codes);
+        pair < 16 ? nibbles<Ops, false>(tile + quad * 64) : nibbles<Ops, true>(tile + quad * 64);
+    const typename Ops::I quads = Bytes<Ops>::of_group(factors).of(codes);
     pair_of_quads<Ops>(quads, pair % 2 != 0, kZeroPoint, even, odd);
   }
 
@@ -285,7 +338,7 @@ struct Int4 {
           typename Ops::I bytes[4];
           for (int i = 0; i < 4; i++) {
             const int32_t *low = codes + (step + c + i) * kPanelColumns, *high = low + 32 * kPanelColumns;
-            bytes[i] = Ops::add_i(Ops::shift_left_4(Ops::load_i(high)), Ops::load_i(low));
+            bytes[i] = Ops::add_i(Ops::shift_left_i(Ops::load_i(high), 4), Ops::load_i(low));
           }
           Ops::store_i(tile + c * 16, tile_line<Ops>(bytes));
         }

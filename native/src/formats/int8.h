@@ -19,10 +19,14 @@ struct Int8 {
 
   template <class Ops, int NT, int MR>
   KTK_INLINE void quads(typename Ops::I (&sum)[MR][NT], const uint8_t *rows, const uint8_t *tiles,
-                        int64_t tile_stride_bytes, int first, int last) {
+                        int64_t tile_stride_bytes, int64_t ahead_bytes, int first, int last) {
     for (int quad = first; quad < last; quad++) {
       typename Ops::W8 weights[NT];
-      for (int j = 0; j < NT; j++) weights[j] = Ops::split_u8(tiles + j * tile_stride_bytes + quad * 64);
+      for (int j = 0; j < NT; j++) {
+        const uint8_t *line = tiles + j * tile_stride_bytes + quad * 64;
+        fetch_ahead(line, ahead_bytes);
+        weights[j] = Ops::split_u8(line);
+      }
       for (int r = 0; r < MR; r++) {
         const typename Ops::A8 activations = Ops::quad_s8(rows + r * kStepBytes + quad * 4);
         for (int j = 0; j < NT; j++) sum[r][j] = Ops::dot_u8s8(sum[r][j], weights[j], activations);
@@ -32,9 +36,11 @@ struct Int8 {
 
   template <class Ops, int NT, int MR, int Halves>
   KTK_INLINE void step(typename Ops::I (&sum)[Halves][MR][NT], const uint8_t *rows, const uint8_t *tiles,
-                       int64_t tile_stride_bytes, const StepFactors &) {
-    quads<Ops, NT, MR>(sum[0], rows, tiles, tile_stride_bytes, 0, rolled(16 / Halves));
-    if constexpr (Halves == 2) quads<Ops, NT, MR>(sum[1], rows, tiles, tile_stride_bytes, 8, rolled(16));
+                       int64_t tile_stride_bytes, int64_t ahead_bytes, const StepFactors &) {
+    const int half = rolled(16 / Halves);
+    quads<Ops, NT, MR>(sum[0], rows, tiles, tile_stride_bytes, ahead_bytes, 0, half);
+    if constexpr (Halves == 2)
+      quads<Ops, NT, MR>(sum[1], rows, tiles, tile_stride_bytes, ahead_bytes, 8, rolled(16));
   }
 
   // Columns 2 `pair` and 2 `pair` + 1 of the 16 rows, before the scale.

@@ -51,7 +51,6 @@ constexpr FormatKernels kernels_of() {
   kernels.step_columns = Format::kStepColumns;
   kernels.integer = Format::kInteger;
   kernels.factors = Format::kFactors;
-  kernels.pair_sums = kPairSums<Ops, Format>;
   kernels.tile_rows = Ops::template kTileRows<Format>;
   kernels.quantise = quantise_rows<Ops, Format>;
   kernels.gather = gather_block<Ops, Format>;

@@ -26,8 +26,8 @@ KTK_INLINE typename Ops::F exponential(typename Ops::F x) {
   // 2^n in two factors: n reaches 128, one beyond the largest exponent.
   const typename Ops::I half = Ops::round_i(Ops::mul(whole, Ops::set1_f(0.5f)));
   const typename Ops::I rest = Ops::sub_i(n, half), bias = Ops::set1_i(127);
-  y = Ops::mul(y, Ops::as_f(Ops::shift_left_23(Ops::add_i(half, bias))));
-  return Ops::mul(y, Ops::as_f(Ops::shift_left_23(Ops::add_i(rest, bias))));
+  y = Ops::mul(y, Ops::as_f(Ops::shift_left_i(Ops::add_i(half, bias), 23)));
+  return Ops::mul(y, Ops::as_f(Ops::shift_left_i(Ops::add_i(rest, bias), 23)));
 }
 
 // silu(gate) * up; with limit > 0 gate is at most limit and up within +-limit; with alpha > 0

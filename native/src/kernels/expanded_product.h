@@ -53,18 +53,17 @@ static void expanded_product(const Product &p, int first, int last, float *out) 
     const int steps = least(p.last_step() - step0, kExpandedSteps);
     float *to = weights;
     for (int s = 0; s < steps; s++) {
-      if (!p.in_cache)
-        fetch_ahead<Bf16, NT, MR>(p, p.tiles + (step0 - p.first_step + s) * p.step_stride_bytes);
-      for (int pair = 0; pair < 16; pair++) {
-        for (int j = 0; j < NT; j++) {
-          const typename Ops::WB split =
-              Ops::split_bf16(p.tiles + j * p.tile_stride_bytes +
-                              (step0 - p.first_step + s) * p.step_stride_bytes + pair * 64);
-          Ops::store_f(to + j * kPanelColumns, split.even);
-          Ops::store_f(to + (NT + j) * kPanelColumns, split.odd);
+      for (int j = 0; j < NT; j++) {
+        const uint8_t *tile =
+            p.tiles + j * p.tile_stride_bytes + (step0 - p.first_step + s) * p.step_stride_bytes;
+        if (!p.in_cache) fetch_tile_ahead<Bf16>(tile, Ops::template kReadAheadBytes<Bf16>);
+        for (int pair = 0; pair < 16; pair++) {
+          const typename Ops::WB split = Ops::split_bf16(tile + pair * 64);
+          Ops::store_f(to + (2 * NT * pair + j) * kPanelColumns, split.even);
+          Ops::store_f(to + (2 * NT * pair + NT + j) * kPanelColumns, split.odd);
         }
-        to += 2 * NT * kPanelColumns;
       }
+      to += 16 * 2 * NT * kPanelColumns;
     }
     int row = first;
     for (; row + MR <= last; row += MR) {

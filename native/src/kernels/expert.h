@@ -68,7 +68,7 @@ KTK_INLINE void pair_product(const Product &p, int count, int first, int last, f
       if (count == 2) {
         vector_pair<Ops, Format>(p, row, stop, sums);
       } else {
-        vector_product<Ops, Format, 1, Ops::kTallMaxRows>(p, row, stop, sums, kPanelColumns);
+        vector_product<Ops, Format, 1>(p, row, stop, sums, kPanelColumns);
       }
     }
   }
@@ -89,8 +89,11 @@ static void scaled_pair(const Product &p, int count, int first, int last, float 
     part.step_stop = step0 + kSteps;
     part.accumulate = p.accumulate || step0 > 0;
     for (int j = 0; j < count; j++) {
-      for (int step = step0; step < part.last_step(); step++)
+      for (int step = step0; step < part.last_step(); step++) {
+        const uint8_t *tile = p.tiles + step * p.step_stride_bytes + p.tile_offset_bytes(j);
+        fetch_tile_ahead<Format>(tile, Ops::template kReadAheadBytes<Format>);
         expand_tile<Ops, Format>(p, step, j, expanded[j][step - step0]);
+      }
     }
     pair_product<Ops, Bf16>(part, count, first, last, out);
   }
@@ -226,9 +229,9 @@ static void gate_up_columns(const GateUpArgs *args, int first_column, int last_c
     if constexpr (Format::kInteger) {
       const int64_t index = group / group_columns;
       if (next.rotated) rotate_values<Ops>(values, count);
-      quantise_group<Ops, kPairSums<Ops, Format>>(
-          values, KTK_DTYPE_F32, 0, count, false, sum_columns<Ops, Format>(next), first_step,
-          to.step_stride_bytes, args->output.scale + (int64_t)row * next.row_groups + index,
+      quantise_group<Ops, Format::kFactors>(
+          values, KTK_DTYPE_F32, 0, count, false, sum_columns<Format>(next), first_step, to.step_stride_bytes,
+          args->output.scale + (int64_t)row * next.row_groups + index,
           args->output.sum + (int64_t)row * next.sums + index * next.sums_per_row_group);
     } else {
       round_group<Ops>(values, KTK_DTYPE_F32, 0, count, first_step, to.step_stride_bytes);

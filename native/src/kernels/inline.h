@@ -12,3 +12,7 @@ KTK_INLINE int rolled(int count) {
   __asm__("" : "+r"(count));
   return count;
 }
+
+// When a block of rows takes the two tiles of a pair one after the other, step by step, as memory holds them,
+// instead of side by side.
+enum class TilesApart { never, first_rows, always };

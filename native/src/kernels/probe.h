@@ -172,7 +172,7 @@ constexpr ProductLoops product_loops() {
     loops.loop[count++] = vector_loop<Ops, Bf16Dot<Ops>, 4>("dot product, 4 sums");
     loops.loop[count++] = vector_loop<Ops, Bf16Dot<Ops>, 12>("dot product, 12 sums");
     loops.loop[count++] = vector_loop<Ops, FusedMultiplyAdd<Ops>, 5>("multiply and add, 5 sums");
-  } else if constexpr (Format::kMultiply == Multiply::byte || !Ops::kPairSums) {
+  } else if constexpr (Format::kMultiply == Multiply::byte || !Ops::kWordSums) {
     loops.loop[count++] = vector_loop<Ops, ByteDot<Ops>, 2>("dot product, 2 sums");
     loops.loop[count++] = vector_loop<Ops, ByteDot<Ops>, 12>("dot product, 12 sums");
   } else {

@@ -103,101 +103,131 @@ KTK_INLINE void add_scaled(typename Ops::F weight_scale, typename Ops::I sum, fl
   Ops::store_f(out, Ops::fma(Ops::from_i(sum), by, Ops::load_f(out)));
 }
 
-// Adds a segment of MR rows and NT tiles to their outputs.
+// Adds a segment of MR rows and NT tiles, the first of which is `tile`, to their outputs.
 template <class Ops, int NT, int MR, bool Grouped>
-KTK_INLINE void add_segment(const Product &p, int segment, int row, const typename Ops::I (&sum)[MR][NT],
-                            float *out, int out_stride) {
+KTK_INLINE void add_segment(const Product &p, int segment, int row, int tile,
+                            const typename Ops::I (&sum)[MR][NT], float *out, int out_stride) {
   const Gemm &gemm = *p.gemm;
   typename Ops::F scale[NT];
-  for (int j = 0; j < NT; j++) scale[j] = Grouped ? weight_scale<Ops>(p, segment, j) : Ops::zero_f();
+  for (int j = 0; j < NT; j++) scale[j] = Grouped ? weight_scale<Ops>(p, segment, tile + j) : Ops::zero_f();
   const float *row_scale = p.rows.scale + (int64_t)row * gemm.row_groups + (segment >> gemm.row_group_shift);
   for (int r = 0; r < MR; r++) {
     for (int j = 0; j < NT; j++) {
       add_scaled<Ops, Grouped>(scale[j], sum[r][j], row_scale[r * gemm.row_groups],
-                               out + r * out_stride + j * kPanelColumns);
+                               out + r * out_stride + (tile + j) * kPanelColumns);
     }
   }
 }
 
-// To the first rows that meet them, weights come from memory, and what a core fetches by itself does not keep
-// enough lines under way. Nibbles that a single row meets pass slowly enough.
-constexpr int64_t kReadAheadBytes = 4096;
-template <class Format, int NT, int MR>
-KTK_INLINE void fetch_ahead(const Product &p, const uint8_t *tiles) {
-  if constexpr (Format::kMultiply == Multiply::nibble && MR == 1) return;
-  for (int j = 0; j < NT; j++) {
-    for (int line = 0; line < Format::kTileBytes; line += 64)
-      __builtin_prefetch(tiles + j * p.tile_stride_bytes + kReadAheadBytes + line, 0, 3);
-  }
+// Tiles that a step multiplies side by side, which loads activations once for them; or one, since a core
+// whose prefetcher follows lines reads two tiles line by line in turns half as fast as one after the other.
+template <class Ops, int NT, bool First>
+constexpr int kTilesOfRun =
+    Ops::kTilesApart == TilesApart::always || (First && Ops::kTilesApart == TilesApart::first_rows) ? 1 : NT;
+
+// Calls use(first tile) for each run of tiles that are multiplied side by side.
+template <int NT, int Run, class Use>
+KTK_INLINE void each_run(Use use) {
+  static_assert(NT <= 2, "tiles come in pairs");
+  use(0);
+  if constexpr (NT > Run) use(Run);
 }
 
-template <class Ops, class Format, int NT, int MR, int Halves>
+// Whether a format takes off what stands for 0 by itself.
+template <class Ops, class Format, int MR>
+constexpr bool sums_nibbles() {
+  if constexpr (Format::kFactors) return Format::template kSumsNibbles<Ops, MR>;
+  return false;
+}
+
+// Where a row's sum of a segment is, of all its sums.
+template <class Format>
+KTK_INLINE int sum_index(const Gemm &gemm, int segment) {
+  return Format::kFactors ? segment * gemm.sums_per_row_group : segment;
+}
+
+template <class Ops, class Format, int NT, int MR, int Halves, bool First>
 static void integer_rows(const Product &p, const RowAddress address, int row, float *out, int out_stride) {
+  constexpr int kRun = kTilesOfRun<Ops, NT, First>;
   const Gemm &gemm = *p.gemm;
+  const auto target = [&](int r, int j) { return out + r * out_stride + j * kPanelColumns; };
   for (int r = 0; r < MR; r++) {
-    for (int j = 0; j < NT; j++) Ops::store_f(out + r * out_stride + j * kPanelColumns, Ops::zero_f());
+    for (int j = 0; j < NT; j++) Ops::store_f(target(r, j), Ops::zero_f());
   }
   const uint8_t *rows = address.data;
   const uint8_t *tiles = p.tiles;
+  const int64_t ahead_bytes = First ? Ops::template kReadAheadBytes<Format> : 0;
   const int32_t *row_sums = p.rows.sum + (int64_t)row * gemm.sums;
   for (int step = 0, segment = 0; step < gemm.steps; segment += Halves) {
-    typename Ops::I sum[Halves][MR][NT];
+    typename Ops::I sum[NT / kRun][Halves][MR][kRun];
     for (int h = 0; h < Halves; h++) {
       for (int r = 0; r < MR; r++) {
         // A step of two halves may end in one that is all padding, which has no sum.
-        const bool none = kPairSums<Ops, Format> || segment + h >= gemm.segments;
-        const int32_t row_sum = none ? 0 : row_sums[(int64_t)r * gemm.sums + segment + h];
-        for (int j = 0; j < NT; j++) sum[h][r][j] = Ops::set1_i(segment_start<Format>(row_sum));
+        const bool none = sums_nibbles<Ops, Format, MR>() || segment + h >= gemm.segments;
+        const int32_t row_sum =
+            none ? 0 : row_sums[(int64_t)r * gemm.sums + sum_index<Format>(gemm, segment + h)];
+        for (int j = 0; j < NT; j++)
+          sum[j / kRun][h][r][j % kRun] = Ops::set1_i(segment_start<Format>(row_sum));
       }
     }
-    const int stop = step + gemm.segment_steps < gemm.steps ? step + gemm.segment_steps : gemm.steps;
+    const int stop = least(step + gemm.segment_steps, gemm.steps);
     for (; step < stop; step++) {
       StepFactors factors = {};
       if constexpr (Format::kFactors) {
         factors = step_factors(p, step, 0);
-        factors.sums = row_sums + step;
+        factors.sums = row_sums + segment + 1 + step;
         factors.row_stride = gemm.sums;
       }
-      if (row == 0) fetch_ahead<Format, NT, MR>(p, tiles);
-      Format::template step<Ops, NT, MR, Halves>(sum, rows, tiles, p.tile_stride_bytes, factors);
+      each_run<NT, kRun>([&](int tile) __attribute__((always_inline)) {
+        Format::template step<Ops, kRun, MR, Halves>(sum[tile / kRun], rows,
+                                                     tiles + tile * p.tile_stride_bytes, p.tile_stride_bytes,
+                                                     ahead_bytes, factors.from_tile(tile));
+      });
       rows += address.step_stride_bytes;
       tiles += p.step_stride_bytes;
     }
     for (int h = 0; h < Halves && segment + h < gemm.segments; h++) {
-      if (gemm.scale_is_bf16) {
-        add_segment<Ops, NT, MR, true>(p, segment + h, row, sum[h], out, out_stride);
-      } else {
-        add_segment<Ops, NT, MR, false>(p, segment + h, row, sum[h], out, out_stride);
-      }
+      each_run<NT, kRun>([&](int tile) __attribute__((always_inline)) {
+        const auto &of = sum[tile / kRun][h];
+        if (gemm.scale_is_bf16) {
+          add_segment<Ops, kRun, MR, true>(p, segment + h, row, tile, of, out, out_stride);
+        } else {
+          add_segment<Ops, kRun, MR, false>(p, segment + h, row, tile, of, out, out_stride);
+        }
+      });
     }
   }
   if (gemm.scale_is_bf16) return;
   for (int j = 0; j < NT; j++) {
     const typename Ops::F scale = weight_scale<Ops>(p, 0, j);
-    for (int r = 0; r < MR; r++) {
-      float *target = out + r * out_stride + j * kPanelColumns;
-      Ops::store_f(target, Ops::mul(Ops::load_f(target), scale));
-    }
+    for (int r = 0; r < MR; r++) Ops::store_f(target(r, j), Ops::mul(Ops::load_f(target(r, j)), scale));
   }
 }
 
-template <class Ops, class Format, int NT, int MR>
-static void float_rows(const Product &p, const RowAddress address, bool first, float *out, int out_stride) {
-  typename Ops::F sum[MR][NT];
+template <class Ops, class Format, int NT, int MR, bool First>
+static void float_rows(const Product &p, const RowAddress address, float *out, int out_stride) {
+  constexpr int kRun = kTilesOfRun<Ops, NT, First>;
+  typename Ops::F sum[NT / kRun][MR][kRun];
   for (int r = 0; r < MR; r++) {
-    for (int j = 0; j < NT; j++)
-      sum[r][j] = p.accumulate ? Ops::load_f(out + r * out_stride + j * kPanelColumns) : Ops::zero_f();
+    for (int j = 0; j < NT; j++) {
+      sum[j / kRun][r][j % kRun] =
+          p.accumulate ? Ops::load_f(out + r * out_stride + j * kPanelColumns) : Ops::zero_f();
+    }
   }
   const uint8_t *rows = address.data + p.first_step * address.step_stride_bytes;
   const uint8_t *tiles = p.tiles;
+  const int64_t ahead_bytes = First ? Ops::template kReadAheadBytes<Format> : 0;
   for (int step = p.first_step; step < p.last_step(); step++) {
-    if (first) fetch_ahead<Format, NT, MR>(p, tiles);
-    Format::template step<Ops, NT, MR>(sum, rows, tiles, p.tile_stride_bytes);
+    each_run<NT, kRun>([&](int tile) __attribute__((always_inline)) {
+      Format::template step<Ops, kRun, MR>(sum[tile / kRun], rows, tiles + tile * p.tile_stride_bytes,
+                                           p.tile_stride_bytes, ahead_bytes);
+    });
     rows += address.step_stride_bytes;
     tiles += p.step_stride_bytes;
   }
   for (int r = 0; r < MR; r++) {
-    for (int j = 0; j < NT; j++) Ops::store_f(out + r * out_stride + j * kPanelColumns, sum[r][j]);
+    for (int j = 0; j < NT; j++)
+      Ops::store_f(out + r * out_stride + j * kPanelColumns, sum[j / kRun][r][j % kRun]);
   }
 }
 
@@ -205,8 +235,6 @@ static void float_rows(const Product &p, const RowAddress address, bool first, f
 template <class Ops, class Format>
 KTK_INLINE void expand_tile(const Product &p, int step, int j, uint8_t *operand) {
   const uint8_t *tile = p.tiles + (int64_t)step * p.step_stride_bytes + p.tile_offset_bytes(j);
-  for (int line = 0; line < Format::kTileBytes; line += 64)
-    __builtin_prefetch(tile + kReadAheadBytes + line, 0, 3);
   if constexpr (Format::kScaledToBf16) {
     const int group = step / Format::kStepsOfScale;
     Format::template expand_tile<Ops>(tile, weight_scale<Ops>(p, group, j), operand);
@@ -215,45 +243,58 @@ KTK_INLINE void expand_tile(const Product &p, int step, int j, uint8_t *operand)
   }
 }
 
-// MR consecutive rows of one block, by vector instructions.
-template <class Ops, class Format, int NT, int MR>
+// MR consecutive rows of one block, by vector instructions. First: they are the first to meet the weights.
+template <class Ops, class Format, int NT, int MR, bool First>
 KTK_INLINE void vector_rows(const Product &p, int row, float *out, int out_stride) {
   const RowAddress address = row_address(p.rows.data, *p.gemm, p.row_count, row);
   if constexpr (!Format::kInteger) {
-    float_rows<Ops, Format, NT, MR>(p, address, row == 0 && !p.in_cache, out, out_stride);
+    float_rows<Ops, Format, NT, MR, First>(p, address, out, out_stride);
   } else if constexpr (Format::kFactors) {
-    integer_rows<Ops, Format, NT, MR, 1>(p, address, row, out, out_stride);
+    integer_rows<Ops, Format, NT, MR, 1, First>(p, address, row, out, out_stride);
   } else if (p.gemm->halves == 2) {
-    integer_rows<Ops, Format, NT, MR, 2>(p, address, row, out, out_stride);
+    integer_rows<Ops, Format, NT, MR, 2, First>(p, address, row, out, out_stride);
   } else {
-    integer_rows<Ops, Format, NT, MR, 1>(p, address, row, out, out_stride);
+    integer_rows<Ops, Format, NT, MR, 1, First>(p, address, row, out, out_stride);
   }
 }
 
-// Rows [first, last) in register blocks of MR rows, then of half as many for what is left.
+// `count` rows, at most MR, in one register block.
 template <class Ops, class Format, int NT, int MR>
-KTK_INLINE void vector_product(const Product &p, int first, int last, float *out, int out_stride) {
-  while (first + MR <= last) {
-    vector_rows<Ops, Format, NT, MR>(p, first, out, out_stride);
-    first += MR;
-    out += MR * out_stride;
-  }
-  if constexpr (MR > 1) {
-    if (first < last) vector_product<Ops, Format, NT, MR / 2>(p, first, last, out, out_stride);
+KTK_INLINE void vector_block(const Product &p, int first, int count, float *out, int out_stride) {
+  if (count == MR) {
+    if (first == 0 && !p.in_cache) {
+      vector_rows<Ops, Format, NT, MR, true>(p, first, out, out_stride);
+    } else {
+      vector_rows<Ops, Format, NT, MR, false>(p, first, out, out_stride);
+    }
+  } else if constexpr (MR > 1) {
+    vector_block<Ops, Format, NT, MR - 1>(p, first, count, out, out_stride);
   }
 }
 
-// The same for the pair of tiles that `p` begins with: tile by tile where that makes taller register blocks.
+// Rows [first, last) of a block, in register blocks of about one height: each reads all weights.
+template <class Ops, class Format, int NT>
+KTK_INLINE void vector_product(const Product &p, int first, int last, float *out, int out_stride) {
+  constexpr int kMost = Ops::kBlockMaxRows;
+  int blocks = (last - first + kMost - 1) / kMost;
+  for (; blocks > 0; blocks--) {
+    const int count = (last - first + blocks - 1) / blocks;
+    vector_block<Ops, Format, NT, kMost>(p, first, count, out, out_stride);
+    first += count;
+    out += count * out_stride;
+  }
+}
+
+// The same for the pair of tiles that `p` begins with.
 template <class Ops, class Format>
 KTK_INLINE void vector_pair(const Product &p, int first, int last, float *out) {
   constexpr int kStride = 2 * kPanelColumns;
-  if constexpr (Ops::kTallMaxRows > Ops::kBlockMaxRows) {
-    const int tall = (last - first) / Ops::kTallMaxRows * Ops::kTallMaxRows;
-    vector_product<Ops, Format, 1, Ops::kTallMaxRows>(p, first, first + tall, out, kStride);
-    vector_product<Ops, Format, 1, Ops::kTallMaxRows>(p.second_tile(), first, first + tall,
-                                                      out + kPanelColumns, kStride);
-    first += tall;
-    out += tall * kStride;
+  const bool adjacent = p.tile_stride_bytes == Format::kTileBytes;
+  if (Ops::kTilesApart != TilesApart::never && !adjacent && last - first <= Ops::kBlockMaxRows) {
+    const Product second = p.second_tile();
+    vector_product<Ops, Format, 1>(p, first, last, out, kStride);
+    vector_product<Ops, Format, 1>(second, first, last, out + kPanelColumns, kStride);
+    return;
   }
-  vector_product<Ops, Format, 2, Ops::kBlockMaxRows>(p, first, last, out, kStride);
+  vector_product<Ops, Format, 2>(p, first, last, out, kStride);
 }

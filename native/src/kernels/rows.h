@@ -127,7 +127,8 @@ KTK_INLINE void load_step(const void *values, int32_t dtype, int64_t index, int6
 
 // Quantises values [first, last) of a row to int8 with one scale, into the steps of `row`, and zeroes the
 // rest of the last step. `first` is on a step; sums are of `sum_columns` columns each, counted from it.
-// Pairs: a sum is two, each of half as many columns, in the halves of a word.
+// Pairs: the first sum is of all columns, and the others are two of half as many each, in the halves of a
+// word.
 template <class Ops, bool Pairs>
 KTK_INLINE void quantise_group(const void *values, int32_t dtype, int64_t first, int64_t last, bool rotated,
                                int64_t sum_columns, uint8_t *row, int64_t step_stride_bytes, float *scale,
@@ -147,12 +148,16 @@ KTK_INLINE void quantise_group(const void *values, int32_t dtype, int64_t first,
   // A non-finite row multiplies 0 by its NaN scale, never a rounded NaN.
   const bool finite = amax_bits < kInfinityBits;
   uint8_t *step = row + first / kStepBytes * step_stride_bytes;
-  I sum = Ops::zero_i(), low = Ops::zero_i();
+  int32_t *next_sum = Pairs ? sums + 1 : sums;
+  I sum = Ops::zero_i(), low = Ops::zero_i(), all = Ops::zero_i();
   int64_t summed = 0;
   const auto finish_sum = [&] {
     int32_t total = Ops::reduce_add_i(sum);
-    if (Pairs) total = (int32_t)((uint32_t)total << 16 | ((uint32_t)Ops::reduce_add_i(low) & 0xffff));
-    *sums++ = total;
+    if (Pairs) {
+      all = Ops::add_i(all, Ops::add_i(sum, low));
+      total = (int32_t)((uint32_t)total << 16 | ((uint32_t)Ops::reduce_add_i(low) & 0xffff));
+    }
+    *next_sum++ = total;
   };
   for (int64_t i = first; i < last; i += kStepBytes, step += step_stride_bytes) {
     F v[kByteStepVectors];
@@ -174,6 +179,7 @@ KTK_INLINE void quantise_group(const void *values, int32_t dtype, int64_t first,
     }
   }
   if (summed > 0) finish_sum();
+  if (Pairs) *sums = Ops::reduce_add_i(all);
 }
 
 // Rounds values [first, last) of a row to bf16 into the steps of `row`, zeroing the rest of the last step.
@@ -188,13 +194,10 @@ KTK_INLINE void round_group(const void *values, int32_t dtype, int64_t first, in
   }
 }
 
-template <class Ops, class Format>
-constexpr bool kPairSums = Format::kFactors && Ops::kPairSums;
-
 // Columns of one sum of activations, or of one pair of them.
-template <class Ops, class Format>
+template <class Format>
 KTK_INLINE int64_t sum_columns(const Gemm &gemm) {
-  if (kPairSums<Ops, Format>) return Format::kStepColumns;
+  if (Format::kFactors) return Format::kStepColumns;
   return gemm.halves == 2 ? Format::kStepColumns / 2 : (int64_t)gemm.segment_steps * Format::kStepColumns;
 }
 
@@ -220,11 +223,12 @@ static void quantise_rows(const QuantiseArgs *args) {
     const void *values = (const uint8_t *)args->input + t * gemm.depth * value_bytes;
     uint8_t *row = args->rows.data + t * row_bytes;
     if constexpr (Format::kInteger) {
-      const int64_t columns = sum_columns<Ops, Format>(gemm);
-      const int64_t group_columns = gemm.row_groups == 1 ? gemm.depth : columns * gemm.sums_per_row_group;
+      const int64_t columns = sum_columns<Format>(gemm);
+      const int64_t group_columns =
+          gemm.row_groups == 1 ? gemm.depth : columns * (gemm.sums_per_row_group - Format::kFactors);
       for (int64_t group = 0; group < gemm.row_groups; group++) {
         const int64_t first = group * group_columns, last = first + group_columns;
-        quantise_group<Ops, kPairSums<Ops, Format>>(
+        quantise_group<Ops, Format::kFactors>(
             values, args->dtype, first, last < gemm.depth ? last : gemm.depth, gemm.rotated != 0, columns,
             row, kStepBytes, args->rows.scale + t * gemm.row_groups + group,
             args->rows.sum + t * gemm.sums + group * gemm.sums_per_row_group);

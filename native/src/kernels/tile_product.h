@@ -37,8 +37,11 @@ static_assert(kTileBlocks == 2, "a panel is one block or two");
 KTK_INLINE void prefetch_near(const uint8_t *tile) {
   for (int line = 0; line < 16; line++) __builtin_prefetch(tile + line * 64, 0, 3);
 }
-KTK_INLINE void prefetch_far(const uint8_t *tile) {
-  for (int line = 0; line < 16; line++) __builtin_prefetch(tile + line * 64, 0, 2);
+// A tile of weights as it is stored.
+template <class Format>
+KTK_INLINE void fetch_weights(const Product &p, int tile, int step) {
+  const uint8_t *data = p.tiles + p.tile_offset_bytes(tile) + step * p.step_stride_bytes;
+  for (int line = 0; line < Format::kTileBytes; line += 64) __builtin_prefetch(data + line, 0, 2);
 }
 
 // The scales of a panel's rows in one segment, and what their sums start from.
@@ -143,7 +146,7 @@ KTK_INLINE void load_segment_rows(const Product &p, int segment, int first_row, 
   const Gemm &gemm = *p.gemm;
   const float *scale =
       p.rows.scale + (int64_t)first_row * gemm.row_groups + (segment >> gemm.row_group_shift);
-  const int32_t *sum = p.rows.sum + (int64_t)first_row * gemm.sums + segment;
+  const int32_t *sum = p.rows.sum + (int64_t)first_row * gemm.sums + sum_index<Format>(gemm, segment);
   for (int r = 0; r < rows; r++) {
     to.scale[r] = scale[(int64_t)r * gemm.row_groups];
     to.start[r] = segment_start<Format>(sum[(int64_t)r * gemm.sums]);
@@ -269,7 +272,7 @@ static void tile_panel(const Product &p, TileState &state, int tile_count, const
       const int soon = step + 2;
       prefetch_near(soon < steps ? column.data + soon * column.step_stride_bytes
                                  : next.data + (soon - steps) * next.step_stride_bytes);
-      if (far) prefetch_far(column.data + (steps + step) * column.step_stride_bytes);
+      if (far) fetch_weights<Format>(p, tile, step0 + steps + step);
       fetch_rows(ahead, step, tile, tile_count);
       KTK_TILE_LOAD(file, 5, column.data + step * column.step_stride_bytes, 64);
       KTK_TILE_EACH(MT, KTK_MULTIPLY);
@@ -345,7 +348,7 @@ static void tile_segments(const Product &p, TileState &state, const TileSteps &k
           if (!Format::kExpands)
             prefetch_near(soon < k.count ? column.data + soon * column.step_stride_bytes
                                          : next[j].data + (soon - k.count) * next[j].step_stride_bytes);
-          if (ahead.far) prefetch_far(column.data + (k.count + step) * column.step_stride_bytes);
+          if (ahead.far) fetch_weights<Format>(p, place.tile + j, k.first + k.count + step);
         }
         fetch_rows(ahead.panel, step, ahead.share, ahead.shares);
         KTK_LOAD_WEIGHTS(5, 0);
@@ -547,7 +550,7 @@ static void tile_product(const Product &p, int tile_count, int first, int last, 
       for (int block = 0; block < row_blocks; block += kTileBlocks) {
         const TilePanel panel = panel_at(block);
         TilesAhead ahead = {nullptr, (int64_t)gemm.steps * kBlockRows * kStepBytes, 0, 0, 0};
-        if (!Format::kExpands && !last_of_k) {
+        if (!last_of_k) {
           ahead.panel = block / kTileBlocks;
           ahead.panels = (row_blocks + kTileBlocks - 1) / kTileBlocks;
         }

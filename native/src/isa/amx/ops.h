@@ -20,6 +20,8 @@ struct AmxOps : AmxVectorOps {
   static constexpr uint32_t kNeeds = AmxVectorOps::kNeeds | kNeedsAmxTile | kNeedsAmxInt8 | kNeedsAmxBf16 |
                                      kNeedsOsTiles | kNeedsTilePalette | kNeedsTilePermission;
 #endif
+  template <class Format>
+  static constexpr int64_t kReadAheadBytes = 2048;
   // Weights stream through tiles faster than through vectors as soon as a few rows share them; int4, which
   // must be expanded, needs more. fp8 goes with bf16, whose bits it has. docs/benchmarks/log.md.
   template <class Format>

@@ -33,15 +33,17 @@ struct Avx2Ops {
 
   static constexpr uint32_t kNeeds = kNeedsAvx2 | kNeedsFma | kNeedsF16c | kNeedsOsYmm;
   static constexpr int32_t kAutomatic = 1;
-  // 2 registers of sums a row and tile, 4 of weights a tile and 2 of activations: 2 rows by 2 tiles spill
-  // some of them, 4 rows by 1 tile fit. But to meet fewer rows, 2 tiles load each activation once.
-  static constexpr int kBlockMaxRows = 2;
-  static constexpr int kTallMaxRows = 4;
+  // 2 registers of sums a row and tile, 4 of weights a tile and 2 of activations: 4 rows by 1 tile fit, 2
+  // rows by 2 tiles do not.
+  static constexpr int kBlockMaxRows = 4;
+  static constexpr TilesApart kTilesApart = TilesApart::always;
+  template <class Format>
+  static constexpr int64_t kReadAheadBytes = 2048;
   // Rows from which an expert goes to matrix units; 0: there are none.
   template <class Format>
   static constexpr int32_t kTileRows = 0;
 
-  static constexpr bool kPairSums = true;
+  static constexpr bool kWordSums = true;
 
   // Rows side by side of bf16 products whose weights are split into fp32 first, and how many rows that takes
   // to pay: 2 rows by 2 tiles take 8 registers of sums, 4 of weights and 2 of activations. 3 rows would fill
@@ -115,12 +117,16 @@ struct Avx2Ops {
   }
   KTK_INLINE I and_i(I a, I b) { return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high)}; }
   KTK_INLINE I max_i(I a, I b) { return {_mm256_max_epi32(a.low, b.low), _mm256_max_epi32(a.high, b.high)}; }
-  KTK_INLINE I shift_left_4(I a) { return {_mm256_slli_epi32(a.low, 4), _mm256_slli_epi32(a.high, 4)}; }
   KTK_INLINE I mul_i(I a, I b) {
     return {_mm256_mullo_epi32(a.low, b.low), _mm256_mullo_epi32(a.high, b.high)};
   }
   KTK_INLINE I xor_i(I a, I b) { return {_mm256_xor_si256(a.low, b.low), _mm256_xor_si256(a.high, b.high)}; }
-  KTK_INLINE I shift_left_16(I a) { return {_mm256_slli_epi32(a.low, 16), _mm256_slli_epi32(a.high, 16)}; }
+  KTK_INLINE I shift_left_i(I a, int count) {
+    return {_mm256_slli_epi32(a.low, count), _mm256_slli_epi32(a.high, count)};
+  }
+  KTK_INLINE I shift_right_signed(I a, int count) {
+    return {_mm256_srai_epi32(a.low, count), _mm256_srai_epi32(a.high, count)};
+  }
   KTK_INLINE I shift_right_i(I a, int count) {
     return {_mm256_srli_epi32(a.low, count), _mm256_srli_epi32(a.high, count)};
   }
@@ -144,7 +150,6 @@ struct Avx2Ops {
       }
     }
   }
-  KTK_INLINE I shift_left_23(I a) { return {_mm256_slli_epi32(a.low, 23), _mm256_slli_epi32(a.high, 23)}; }
   KTK_INLINE int32_t reduce_add_i(I a) {
     const __m256i eight = _mm256_add_epi32(a.low, a.high);
     __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));

@@ -35,12 +35,14 @@ struct Avx512Ops {
   static constexpr int32_t kAutomatic = 1;
   // 8 rows x 2 tiles of sums leave half of the 32 registers for weights and activations.
   static constexpr int kBlockMaxRows = 8;
-  static constexpr int kTallMaxRows = 8;
+  static constexpr TilesApart kTilesApart = TilesApart::first_rows;
+  template <class Format>
+  static constexpr int64_t kReadAheadBytes = Format::kExpands ? 2048 : 0;
   // Rows from which an expert goes to matrix units; 0: there are none.
   template <class Format>
   static constexpr int32_t kTileRows = 0;
   static constexpr int kExpandedRows = 0;  // bf16 products use their operands as they are
-  static constexpr bool kPairSums = true;
+  static constexpr bool kWordSums = true;
 
   KTK_INLINE F zero_f() { return _mm512_setzero_ps(); }
   KTK_INLINE F set1_f(float value) { return _mm512_set1_ps(value); }
@@ -80,11 +82,11 @@ struct Avx512Ops {
   KTK_INLINE I add_bytes(I a, I b) { return {_mm512_add_epi8(a.v, b.v)}; }
   KTK_INLINE I and_i(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
   KTK_INLINE I max_i(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }
-  KTK_INLINE I shift_left_4(I a) { return {_mm512_slli_epi32(a.v, 4)}; }
   KTK_INLINE I mul_i(I a, I b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
   KTK_INLINE I xor_i(I a, I b) { return {_mm512_xor_si512(a.v, b.v)}; }
-  KTK_INLINE I shift_left_16(I a) { return {_mm512_slli_epi32(a.v, 16)}; }
+  KTK_INLINE I shift_left_i(I a, int count) { return {_mm512_slli_epi32(a.v, (unsigned)count)}; }
   KTK_INLINE I shift_right_i(I a, int count) { return {_mm512_srli_epi32(a.v, (unsigned)count)}; }
+  KTK_INLINE I shift_right_signed(I a, int count) { return {_mm512_srai_epi32(a.v, (unsigned)count)}; }
   KTK_INLINE void transpose_pairs(const uint8_t *rows, uint8_t *to) {
     const __m512i regroup =
         _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
@@ -108,7 +110,6 @@ struct Avx512Ops {
       _mm512_storeu_si512(to + (parity + 6) * 64, _mm512_shuffle_i64x2(fours[1], fours[3], 0xdd));
     }
   }
-  KTK_INLINE I shift_left_23(I a) { return {_mm512_slli_epi32(a.v, 23)}; }
   KTK_INLINE int32_t reduce_add_i(I a) { return _mm512_reduce_add_epi32(a.v); }
   KTK_INLINE int32_t reduce_max_i(I a) { return _mm512_reduce_max_epi32(a.v); }
   KTK_INLINE F from_i(I a) { return _mm512_cvtepi32_ps(a.v); }

@@ -10,7 +10,7 @@ struct Avx512Bf16Ops : Avx512Ops {
   typedef I AB;
 
   static constexpr uint32_t kNeeds = Avx512Ops::kNeeds | kNeedsAvx512Vnni | kNeedsAvx512Bf16;
-  static constexpr bool kPairSums = false;
+  static constexpr bool kWordSums = false;
 
   KTK_INLINE W8 split_u8(const uint8_t *tile_row) { return load_i(tile_row); }
   KTK_INLINE A8 quad_s8(const uint8_t *activations) { return set1_i(load_quad(activations)); }

@@ -27,16 +27,18 @@ struct PortableOps {
 
   static constexpr uint32_t kNeeds = 0;
   static constexpr int32_t kAutomatic = 1;
-  // Rows that one register block holds beside two weight vectors, and beside one.
+  // Rows of a register block; whether they take the two tiles of a pair one after the other, not side by
+  // side; and how far ahead weights are fetched for the first of them.
   static constexpr int kBlockMaxRows = 4;
-  static constexpr int kTallMaxRows = 4;
+  static constexpr TilesApart kTilesApart = TilesApart::never;
+  template <class Format>
+  static constexpr int64_t kReadAheadBytes = 2048;
   // Rows from which an expert goes to matrix units; 0: there are none.
   template <class Format>
   static constexpr int32_t kTileRows = 0;
   static constexpr int kExpandedRows = 0;  // bf16 products use their operands as they are
-  // Whether 4-bit products are best summed as nibbles, 16 bits at a time (see Int4), and so need pairs of
-  // sums of activations.
-  static constexpr bool kPairSums = false;
+  // Whether products of nibbles are summed in 16 bits first, for want of a dot product of bytes.
+  static constexpr bool kWordSums = false;
 
   KTK_INLINE F zero_f() { return F{}; }
   KTK_INLINE F set1_f(float value) { return F{} + value; }
@@ -87,13 +89,12 @@ struct PortableOps {
   KTK_INLINE I sub_i(I a, I b) { return (I)((U)a - (U)b); }
   KTK_INLINE I and_i(I a, I b) { return a & b; }
   KTK_INLINE I max_i(I a, I b) { return a > b ? a : b; }
-  KTK_INLINE I shift_left_4(I a) { return a << 4; }
   KTK_INLINE I mul_i(I a, I b) { return (I)((U)a * (U)b); }
   KTK_INLINE I xor_i(I a, I b) { return a ^ b; }
-  KTK_INLINE I shift_left_16(I a) { return a << 16; }
-  KTK_INLINE I shift_left_23(I a) { return a << 23; }
-  // Logical, of 0 < count < 32.
+  // Shifts are of 0 < count < 32; this one and the next are logical.
+  KTK_INLINE I shift_left_i(I a, int count) { return a << count; }
   KTK_INLINE I shift_right_i(I a, int count) { return (I)((U)a >> (uint32_t)count); }
+  KTK_INLINE I shift_right_signed(I a, int count) { return a >> count; }
   KTK_INLINE int32_t reduce_add_i(I a) {
     uint32_t sum = 0;
     for (int n = 0; n < 16; n++) sum += (uint32_t)a[n];
@@ -229,6 +230,14 @@ struct PortableOps {
   KTK_INLINE I add_bytes(I a, I b) {
     const I even = add_i(a & 0x00ff00ff, b & 0x00ff00ff) & 0x00ff00ff;
     return even | (add_i(a & (int32_t)0xff00ff00, b & (int32_t)0xff00ff00) & (int32_t)0xff00ff00);
+  }
+  KTK_INLINE I sub_words(I a, I b) {
+    return (sub_i(a & 0xffff, b & 0xffff) & 0xffff) |
+           (sub_i(shift_right_i(a, 16), shift_right_i(b, 16)) << 16);
+  }
+  // Each lane: the sum of the products of its two signed 16-bit words.
+  KTK_INLINE I dot_words(I a, I b) {
+    return add_i(((a << 16) >> 16) * ((b << 16) >> 16), (a >> 16) * (b >> 16));
   }
 
   // bf16 weights times bf16 activations: 2 products a lane.
