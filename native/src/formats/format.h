@@ -53,12 +53,11 @@ constexpr int kFactorBytes = 2 * kPanelColumns;  // of a group in a panel
 
 constexpr int kPackColumns = 128;  // columns packed at a time, unless a group has more: a multiple of a step
 
-// `count` values of row n from `column` of the shard on, a multiple of 16, and of whole rotations where the
-// weights are rotated; zero past the end and in rows that do not exist. The rows of a panel are too many
-// streams for a processor to foresee.
+// `count` values of row n from `column` of the shard on, a multiple of 16, as they are; zero past the end and
+// in rows that do not exist. The rows of a panel are too many streams for a processor to foresee.
 constexpr int kPackAheadBytes = 1024;
 template <class Ops>
-KTK_INLINE void load_row(const PackArgs *args, int n, int64_t column, int count, float *values) {
+KTK_INLINE void read_row(const PackArgs *args, int n, int64_t column, int count, float *values) {
   const Gemm &gemm = *args->gemm;
   const int64_t from = args->first_column + column;
   const bool exists = args->rows[n] != nullptr;
@@ -66,27 +65,86 @@ KTK_INLINE void load_row(const PackArgs *args, int n, int64_t column, int count,
     const uint16_t *row = (const uint16_t *)args->rows[n] + from;
     for (int c = 0; c < count; c += 32) __builtin_prefetch(row + c + kPackAheadBytes / 2, 0, 0);
     for (int c = 0; c < count; c += 16) Ops::store_f(values + c, Ops::load_bf16(row + c));
-  } else {
-    const int64_t last = args->first_column + gemm.depth;
-    for (int c = 0; c < count; c += 16) {
-      Ops::store_f(values + c, exists && column + c < gemm.depth
-                                   ? load_values<Ops>(args->rows[n], args->dtype, from + c, last)
-                                   : Ops::zero_f());
-    }
+    return;
   }
+  const int64_t last = args->first_column + gemm.depth;
+  for (int c = 0; c < count; c += 16) {
+    Ops::store_f(values + c, exists && column + c < gemm.depth
+                                 ? load_values<Ops>(args->rows[n], args->dtype, from + c, last)
+                                 : Ops::zero_f());
+  }
+}
+
+// The same, in whole rotations where the weights are rotated.
+template <class Ops>
+KTK_INLINE void load_row(const PackArgs *args, int n, int64_t column, int count, float *values) {
+  read_row<Ops>(args, n, column, count, values);
+  const Gemm &gemm = *args->gemm;
   if (gemm.rotated) rotate_values<Ops>(values, least(count, (int)(gemm.depth - column)));
 }
 
-// 64 columns of a panel from `column` of the shard on, [column][16 rows].
+// Sums and differences of vectors at distance 1, 2 and 4, of 8 that are `stride` floats apart.
+template <class Ops>
+KTK_INLINE void butterflies(float *values, int stride) {
+  typename Ops::F v[8];
+  for (int i = 0; i < 8; i++) v[i] = Ops::load_f(values + i * stride);
+  const typename Ops::F minus = Ops::set1_f(-1.0f);
+  for (int distance = 1; distance < 8; distance *= 2) {
+    for (int i = 0; i < 8; i++) {
+      if (i & distance) continue;
+      const typename Ops::F low = v[i], high = v[i + distance];
+      v[i] = Ops::add(low, high);
+      v[i + distance] = Ops::fma(high, minus, low);
+    }
+  }
+  for (int i = 0; i < 8; i++) Ops::store_f(values + i * stride, v[i]);
+}
+
+// Rotates kRotation columns of 16 rows: as rotate() does with each row, to the bit, and with fewer
+// operations.
+template <class Ops>
+KTK_INLINE void rotate_columns(float *columns) {
+  static_assert(kRotation == 64, "one over its root is 1/8, and it is two rounds of 8");
+  for (int c = 0; c < kRotation * kPanelColumns; c += kPanelColumns)
+    Ops::store_f(columns + c, Ops::mul(Ops::load_f(columns + c), Ops::set1_f(0.125f)));
+  for (int i = 0; i < 8; i++) butterflies<Ops>(columns + i * 8 * kPanelColumns, kPanelColumns);
+  for (int i = 0; i < 8; i++) butterflies<Ops>(columns + i * kPanelColumns, 8 * kPanelColumns);
+}
+
+// 64 columns of a panel from `column` of the shard on, [column][16 rows]; rotated if the weights are.
 constexpr int kLoadColumns = 64;
+static_assert(kLoadColumns == kRotation, "columns are loaded by rotations");
 template <class Ops>
 KTK_INLINE void load_columns(const PackArgs *args, int64_t column, float *columns) {
-  alignas(64) float rows[kPanelColumns][kLoadColumns], part[kPanelColumns][16];
-  for (int n = 0; n < kPanelColumns; n++) load_row<Ops>(args, n, column, kLoadColumns, rows[n]);
-  for (int c = 0; c < kLoadColumns; c += 16) {
-    for (int n = 0; n < kPanelColumns; n++) Ops::store_f(part[n], Ops::load_f(rows[n] + c));
-    Ops::transpose(part, columns + c * kPanelColumns);
+  const Gemm &gemm = *args->gemm;
+  if (args->dtype == KTK_DTYPE_BF16 && column + kLoadColumns <= gemm.depth) {
+    // Words of two columns are transposed before they become fp32.
+    for (int half = 0; half < kLoadColumns; half += 32) {
+      alignas(64) uint8_t words[kPanelColumns * 64], turned[kPanelColumns * 64];
+      for (int n = 0; n < kPanelColumns; n++) {
+        const uint16_t *row = (const uint16_t *)args->rows[n];
+        const bool exists = row != nullptr;
+        row += args->first_column + column + half;
+        if (exists) __builtin_prefetch(row + kPackAheadBytes / 2, 0, 0);
+        Ops::store_i(words + n * 64, exists ? Ops::load_i(row) : Ops::zero_i());
+      }
+      Ops::transpose(words, turned);
+      float *to = columns + half * kPanelColumns;
+      for (int pair = 0; pair < 16; pair++, to += 2 * kPanelColumns) {
+        const typename Ops::I both = Ops::load_i(turned + pair * 64);
+        Ops::store_f(to, Ops::as_f(Ops::shift_left_i(both, 16)));
+        Ops::store_f(to + kPanelColumns, Ops::as_f(Ops::and_i(both, Ops::set1_i((int32_t)0xffff0000))));
+      }
+    }
+  } else {
+    alignas(64) float rows[kPanelColumns][kLoadColumns], part[kPanelColumns][16];
+    for (int n = 0; n < kPanelColumns; n++) read_row<Ops>(args, n, column, kLoadColumns, rows[n]);
+    for (int c = 0; c < kLoadColumns; c += 16) {
+      for (int n = 0; n < kPanelColumns; n++) Ops::store_f(part[n], Ops::load_f(rows[n] + c));
+      Ops::transpose(part, columns + c * kPanelColumns);
+    }
   }
+  if (gemm.rotated && column + kRotation <= gemm.depth) rotate_columns<Ops>(columns);
 }
 
 // The same panel, of rows that no shard has cut.
@@ -111,24 +169,45 @@ KTK_INLINE void store_tile(const void *rows, uint8_t *tile) {
 }
 KTK_INLINE void finish_tiles() { __builtin_ia32_sfence(); }
 
-// The largest magnitude of each row of a panel, over all of the unsharded row, as fp32 bits. Returns the
-// largest of them.
+// Of each row of a panel, over all of the unsharded row: the largest magnitude, as fp32 bits, and the widest
+// range of a group of columns that divides 64 or is a multiple of it, 0 included.
+template <class Ops>
+struct PanelSurvey {
+  alignas(64) int32_t magnitudes[kPanelColumns];
+  typename Ops::F widest;
+  int32_t largest;  // of the magnitudes
+
+  KTK_MEMBER explicit PanelSurvey(const PackArgs *args, int group_columns) {
+    typedef typename Ops::F F;
+    const WholeRows whole(*args);
+    typename Ops::I most = Ops::zero_i();
+    widest = Ops::zero_f();
+    F low = Ops::zero_f(), high = Ops::zero_f();
+    for (int64_t first = 0; first < args->full_depth; first += kLoadColumns) {
+      alignas(64) float columns[kLoadColumns * kPanelColumns];
+      load_columns<Ops>(&whole.args, first, columns);
+      for (int c = 0; c < kLoadColumns; c++) {
+        const F value = Ops::load_f(columns + c * kPanelColumns);
+        most = larger_magnitude<Ops>(most, Ops::as_i(value));
+        low = Ops::min(low, value);
+        high = Ops::max(high, value);
+        if ((first + c + 1) % group_columns != 0) continue;
+        widest = Ops::max(widest, Ops::fma(low, Ops::set1_f(-1.0f), high));
+        low = high = Ops::zero_f();
+      }
+    }
+    widest = Ops::max(widest, Ops::fma(low, Ops::set1_f(-1.0f), high));
+    Ops::store_i(magnitudes, most);
+    largest = Ops::reduce_max_i(most);
+  }
+};
+
+// The largest magnitude of each row of a panel alone.
 template <class Ops>
 KTK_INLINE int32_t panel_magnitudes(const PackArgs *args, int32_t *magnitudes) {
-  const WholeRows whole(*args);
-  int32_t largest = 0;
-  for (int n = 0; n < kPanelColumns; n++) {
-    typename Ops::I most = Ops::zero_i();
-    for (int64_t first = 0; args->rows[n] != nullptr && first < args->full_depth; first += kPackColumns) {
-      float values[kPackColumns];
-      load_row<Ops>(&whole.args, n, first, kPackColumns, values);
-      for (int c = 0; c < kPackColumns; c += 16)
-        most = larger_magnitude<Ops>(most, Ops::as_i(Ops::load_f(values + c)));
-    }
-    magnitudes[n] = Ops::reduce_max_i(most);
-    largest = magnitudes[n] > largest ? magnitudes[n] : largest;
-  }
-  return largest;
+  const PanelSurvey<Ops> survey(args, kLoadColumns);
+  __builtin_memcpy(magnitudes, survey.magnitudes, sizeof survey.magnitudes);
+  return survey.largest;
 }
 
 KTK_INLINE void store_row_scales(const PackArgs *args, const float *scale) {

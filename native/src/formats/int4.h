@@ -205,10 +205,10 @@ struct Int4 {
     KTK_MEMBER typename Ops::I code(typename Ops::F value, typename Ops::F *error) const {
       const typename Ops::F above = Ops::add(value, minus_offset);
       const typename Ops::F scaled = Ops::mul(above, inverse);
-      const typename Ops::I code =
-          Ops::round_i(Ops::min(Ops::set1_f(15.0f), Ops::max(Ops::zero_f(), scaled)));
-      *error = Ops::fma(minus_multiplier, Ops::from_i(code), above);
-      return code;
+      const typename Ops::F code =
+          Ops::round_f(Ops::min(Ops::set1_f(15.0f), Ops::max(Ops::zero_f(), scaled)));
+      *error = Ops::fma(minus_multiplier, code, above);
+      return Ops::round_i(code);
     }
   };
 
@@ -241,14 +241,13 @@ struct Int4 {
       low = Ops::min(low, value);
       high = Ops::max(high, value);
     }
-    const auto whole = [](F value) { return Ops::from_i(Ops::round_i(value)); };
-    const F span = whole(Ops::mul(Ops::fma(low, Ops::set1_f(-1.0f), high), Ops::set1_f(1.0f / 15.0f)));
+    const F span = Ops::round_f(Ops::mul(Ops::fma(low, Ops::set1_f(-1.0f), high), Ops::set1_f(1.0f / 15.0f)));
     const F middle = Ops::mul(Ops::add(low, high), Ops::set1_f(0.5f));
     best.error = Ops::set1_f(float_of_bits(kInfinityBits));
     for (int less = 0; less < 2; less++) {
       const F multiplier = Ops::max(Ops::set1_f(1.0f), Ops::min(Ops::set1_f((float)kMostMultiplier),
                                                                 Ops::add(span, Ops::set1_f(-(float)less))));
-      const F offset = whole(Ops::fma(multiplier, Ops::set1_f(-7.5f), middle));
+      const F offset = Ops::round_f(Ops::fma(multiplier, Ops::set1_f(-7.5f), middle));
       try_fit<Ops>(columns, count, multiplier, offset, best);
       try_fit<Ops>(columns, count, multiplier, Ops::add(offset, Ops::set1_f(-3.0f)), best);
       try_fit<Ops>(columns, count, multiplier, Ops::add(offset, Ops::set1_f(3.0f)), best);
@@ -261,28 +260,11 @@ struct Int4 {
   // The scales of rows with groups: the widest group spans 15 steps of the largest multiplier, and the
   // largest weight lies within the bytes. Returns 1 when one would not be finite.
   template <class Ops>
-  KTK_INLINE int32_t row_scales(const PackArgs *args, const int32_t *magnitudes, float *scale) {
-    const WholeRows whole(*args);
-    const int group_columns = whole.gemm.group_columns;
-    typename Ops::F widest = Ops::zero_f();
-    for (int64_t first = 0; first < args->full_depth; first += kPackColumns) {
-      float columns[kPackColumns * kPanelColumns];
-      for (int c = 0; c < kPackColumns; c += kLoadColumns)
-        load_columns<Ops>(&whole.args, first + c, columns + c * kPanelColumns);
-      for (int part = 0; part < kPackColumns; part += group_columns) {
-        typename Ops::F low = Ops::zero_f(), high = Ops::zero_f();
-        for (int c = part; c < part + group_columns; c++) {
-          const typename Ops::F value = Ops::load_f(columns + c * kPanelColumns);
-          low = Ops::min(low, value);
-          high = Ops::max(high, value);
-        }
-        widest = Ops::max(widest, Ops::add(high, Ops::mul(low, Ops::set1_f(-1.0f))));
-      }
-    }
+  KTK_INLINE int32_t row_scales(const PanelSurvey<Ops> &survey, float *scale) {
     float span[kPanelColumns];
-    Ops::store_f(span, widest);
+    Ops::store_f(span, survey.widest);
     for (int n = 0; n < kPanelColumns; n++) {
-      const float largest = int8_scale(magnitudes[n]).scale, steps = span[n] * (1.0f / 225.0f);
+      const float largest = int8_scale(survey.magnitudes[n]).scale, steps = span[n] * (1.0f / 225.0f);
       scale[n] = largest == 0.0f ? 0.0f : steps > largest ? steps : largest;
       if (magnitude_bits(scale[n]) >= kInfinityBits) return 1;
     }
@@ -294,14 +276,16 @@ struct Int4 {
     const Gemm &gemm = *args->gemm;
     const bool grouped = gemm.factor_groups > 0;
     const int group_columns = grouped ? gemm.group_columns : kPackColumns;
-    int32_t magnitudes[kPanelColumns];
-    if (panel_magnitudes<Ops>(args, magnitudes) >= kInfinityBits) return 1;
+    const PanelSurvey<Ops> survey(args, grouped ? group_columns : kLoadColumns);
+    if (survey.largest >= kInfinityBits) return 1;
     float scale[kPanelColumns], inverse[kPanelColumns];
     if (grouped) {
-      if (row_scales<Ops>(args, magnitudes, scale) != 0) return 1;
+      if (row_scales<Ops>(survey, scale) != 0) return 1;
     } else {
-      for (int n = 0; n < kPanelColumns; n++)
-        scale[n] = magnitudes[n] >= kNegligibleBits ? plain_scale<Ops>(args, n, magnitudes[n]) : 0.0f;
+      for (int n = 0; n < kPanelColumns; n++) {
+        const int32_t magnitude = survey.magnitudes[n];
+        scale[n] = magnitude >= kNegligibleBits ? plain_scale<Ops>(args, n, magnitude) : 0.0f;
+      }
     }
     for (int n = 0; n < kPanelColumns; n++) inverse[n] = scale[n] == 0.0f ? 0.0f : 1.0f / scale[n];
     store_row_scales(args, scale);

@@ -54,74 +54,74 @@ struct Int8 {
   template <class Ops>
   static int32_t pack(const PackArgs *args) {
     typedef typename Ops::F F;
-    const F least = Ops::set1_f(-127.0f), most = Ops::set1_f(127.0f);
     const Gemm &gemm = *args->gemm;
     const bool per_row = !gemm.scale_is_bf16;
-    const int group_columns = per_row ? kPackColumns : gemm.group_columns;
-    float inverse[kPanelColumns];
+    const int group_columns = per_row ? kLoadColumns : gemm.group_columns;
+    F inverse = Ops::zero_f();
     if (per_row) {
-      int32_t magnitudes[kPanelColumns];
-      if (panel_magnitudes<Ops>(args, magnitudes) >= kInfinityBits) return 1;
-      float scale[kPanelColumns];
+      const PanelSurvey<Ops> survey(args, kLoadColumns);
+      if (survey.largest >= kInfinityBits) return 1;
+      float scale[kPanelColumns], inverses[kPanelColumns];
       for (int n = 0; n < kPanelColumns; n++) {
-        const Int8Scale row = int8_scale(magnitudes[n]);
+        const Int8Scale row = int8_scale(survey.magnitudes[n]);
         scale[n] = row.scale;
-        inverse[n] = row.inverse;
+        inverses[n] = row.inverse;
       }
       store_row_scales(args, scale);
+      inverse = Ops::load_f(inverses);
     }
     // Whole groups at a time.
-    const int columns = group_columns > kPackColumns ? group_columns : kPackColumns;
+    const int columns = group_columns > kLoadColumns ? group_columns : kLoadColumns;
     const int64_t end = (int64_t)gemm.steps * kStepColumns;
     for (int64_t first = 0; first < end; first += columns) {
-      alignas(64) float values[kPanelColumns][kMostGroupColumns];
-      alignas(64) uint8_t codes[kMostGroupColumns / kStepColumns][kPanelColumns][kStepColumns];
-      for (int n = 0; n < kPanelColumns; n++) load_row<Ops>(args, n, first, columns, values[n]);
-      for (int part = 0; part < columns; part += group_columns) {
+      alignas(64) float values[kMostGroupColumns * kPanelColumns];
+      const int count = end - first < columns ? (int)(end - first) : columns;
+      for (int c = 0; c < count; c += kLoadColumns)
+        load_columns<Ops>(args, first + c, values + c * kPanelColumns);
+      for (int part = 0; part < count; part += group_columns) {
+        const int stop = least(part + group_columns, count);
         if (!per_row && first + part < gemm.depth) {
           float scale[kPanelColumns];
-          if (!group_scales<Ops>(values, part, group_columns, scale, inverse)) return 1;
+          if (!group_scale<Ops>(values, part, stop, scale, inverse)) return 1;
           store_group_scales<Ops>(args, (first + part) / group_columns, scale);
         }
-        for (int n = 0; n < kPanelColumns; n++) {
-          const F by = Ops::set1_f(inverse[n]);
-          for (int c = part; c < part + group_columns; c += 16) {
-            const F scaled = Ops::min(most, Ops::max(least, Ops::mul(Ops::load_f(values[n] + c), by)));
-            Ops::store_low_bytes(codes[c / kStepColumns][n] + c % kStepColumns,
-                                 Ops::add_i(Ops::round_i(scaled), Ops::set1_i(kZeroPoint)));
-          }
+        for (int c = part; c < stop; c += 4) {
+          typename Ops::I codes[4];
+          for (int i = 0; i < 4; i++)
+            codes[i] = code<Ops>(Ops::load_f(values + (c + i) * kPanelColumns), inverse);
+          const int64_t column = first + c;
+          uint8_t *tile = args->tiles + column / kStepColumns * args->step_stride_bytes;
+          Ops::stream_i(tile + column % kStepColumns * kPanelColumns, tile_line<Ops>(codes));
         }
-      }
-      for (int step = 0; step < columns / kStepColumns; step++) {
-        const int64_t to = first / kStepColumns + step;
-        if (to < gemm.steps) store_tile<Ops>(codes[step], args->tiles + to * args->step_stride_bytes);
       }
     }
     finish_tiles();
     return 0;
   }
 
-  // Scales of a group of a panel's rows, and what its weights are multiplied with; false where a weight is
-  // not finite.
   template <class Ops>
-  KTK_INLINE bool group_scales(const float (*values)[kMostGroupColumns], int part, int count, float *scale,
-                               float *inverse) {
+  KTK_INLINE typename Ops::I code(typename Ops::F value, typename Ops::F inverse) {
+    const typename Ops::F scaled = Ops::mul(value, inverse);
+    const typename Ops::F within = Ops::min(Ops::set1_f(127.0f), Ops::max(Ops::set1_f(-127.0f), scaled));
+    return Ops::add_i(Ops::round_i(within), Ops::set1_i(kZeroPoint));
+  }
+
+  // Scales of a group of a panel's rows, columns [first, last), and what its weights are multiplied with;
+  // false where a weight is not finite.
+  template <class Ops>
+  KTK_INLINE bool group_scale(const float *values, int first, int last, float *scale,
+                              typename Ops::F &inverse) {
     typedef typename Ops::F F;
-    int32_t magnitudes[kPanelColumns], largest = 0;
-    for (int n = 0; n < kPanelColumns; n++) {
-      typename Ops::I most = Ops::zero_i();
-      for (int c = part; c < part + count; c += 16)
-        most = larger_magnitude<Ops>(most, Ops::as_i(Ops::load_f(values[n] + c)));
-      magnitudes[n] = Ops::reduce_max_i(most);
-      largest = magnitudes[n] > largest ? magnitudes[n] : largest;
-    }
-    if (largest >= kInfinityBits) return false;
-    const F amax = Ops::as_f(Ops::load_i(magnitudes)), zero = Ops::zero_f();
+    typename Ops::I most = Ops::zero_i();
+    for (int c = first; c < last; c++)
+      most = larger_magnitude<Ops>(most, Ops::as_i(Ops::load_f(values + c * kPanelColumns)));
+    if (Ops::reduce_max_i(most) >= kInfinityBits) return false;
+    const F amax = Ops::as_f(most), zero = Ops::zero_f();
     const F exact = Ops::where_less(amax, Ops::set1_f(float_of_bits(kNegligibleBits)), zero,
                                     Ops::div(amax, Ops::set1_f(127.0f)));
     const F rounded = rounded_to_bf16<Ops>(exact);
     Ops::store_f(scale, rounded);
-    Ops::store_f(inverse, Ops::where_less(zero, rounded, Ops::div(Ops::set1_f(1.0f), rounded), zero));
+    inverse = Ops::where_less(zero, rounded, Ops::div(Ops::set1_f(1.0f), rounded), zero);
     return true;
   }
 };

@@ -166,6 +166,10 @@ struct Avx2Ops {
   }
   KTK_INLINE F from_i(I a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
   KTK_INLINE I round_i(F a) { return {_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high)}; }
+  KTK_INLINE F round_f(F a) {
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(a.low, kNearest), _mm256_round_ps(a.high, kNearest)};
+  }
   KTK_INLINE F as_f(I a) { return {_mm256_castsi256_ps(a.low), _mm256_castsi256_ps(a.high)}; }
   KTK_INLINE I as_i(F a) { return {_mm256_castps_si256(a.low), _mm256_castps_si256(a.high)}; }
 

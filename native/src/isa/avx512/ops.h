@@ -114,6 +114,9 @@ struct Avx512Ops {
   KTK_INLINE int32_t reduce_max_i(I a) { return _mm512_reduce_max_epi32(a.v); }
   KTK_INLINE F from_i(I a) { return _mm512_cvtepi32_ps(a.v); }
   KTK_INLINE I round_i(F a) { return {_mm512_cvtps_epi32(a)}; }
+  KTK_INLINE F round_f(F a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
   KTK_INLINE F as_f(I a) { return _mm512_castsi512_ps(a.v); }
   KTK_INLINE I as_i(F a) { return {_mm512_castps_si512(a)}; }
 

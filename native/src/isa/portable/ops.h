@@ -111,6 +111,7 @@ struct PortableOps {
     const F magic = set1_f(12582912.0f);  // 1.5 * 2^23: its unit in the last place is 1
     return sub_i(as_i(a + magic), as_i(magic));
   }
+  KTK_INLINE F round_f(F a) { return from_i(round_i(a)); }
   KTK_INLINE F as_f(I a) { return (F)a; }
   KTK_INLINE I as_i(F a) { return (I)a; }
 
