@@ -121,9 +121,11 @@ KTK_INLINE void add_segment(const Product &p, int segment, int row, int tile,
 
 // Tiles that a step multiplies side by side, which loads activations once for them; or one, since a core
 // whose prefetcher follows lines reads two tiles line by line in turns half as fast as one after the other.
-template <class Ops, int NT, bool First>
-constexpr int kTilesOfRun =
-    Ops::kTilesApart == TilesApart::always || (First && Ops::kTilesApart == TilesApart::first_rows) ? 1 : NT;
+template <class Ops, class Format, int NT, bool First>
+constexpr int kTilesOfRun = Ops::template kTilesApart<Format> == TilesApart::always ||
+                                    (First && Ops::template kTilesApart<Format> == TilesApart::first_rows)
+                                ? 1
+                                : NT;
 
 // Calls use(first tile) for each run of tiles that are multiplied side by side.
 template <int NT, int Run, class Use>
@@ -148,7 +150,7 @@ KTK_INLINE int sum_index(const Gemm &gemm, int segment) {
 
 template <class Ops, class Format, int NT, int MR, int Halves, bool First>
 static void integer_rows(const Product &p, const RowAddress address, int row, float *out, int out_stride) {
-  constexpr int kRun = kTilesOfRun<Ops, NT, First>;
+  constexpr int kRun = kTilesOfRun<Ops, Format, NT, First>;
   const Gemm &gemm = *p.gemm;
   const auto target = [&](int r, int j) { return out + r * out_stride + j * kPanelColumns; };
   for (int r = 0; r < MR; r++) {
@@ -206,7 +208,7 @@ static void integer_rows(const Product &p, const RowAddress address, int row, fl
 
 template <class Ops, class Format, int NT, int MR, bool First>
 static void float_rows(const Product &p, const RowAddress address, float *out, int out_stride) {
-  constexpr int kRun = kTilesOfRun<Ops, NT, First>;
+  constexpr int kRun = kTilesOfRun<Ops, Format, NT, First>;
   typename Ops::F sum[NT / kRun][MR][kRun];
   for (int r = 0; r < MR; r++) {
     for (int j = 0; j < NT; j++) {
@@ -290,7 +292,7 @@ template <class Ops, class Format>
 KTK_INLINE void vector_pair(const Product &p, int first, int last, float *out) {
   constexpr int kStride = 2 * kPanelColumns;
   const bool adjacent = p.tile_stride_bytes == Format::kTileBytes;
-  if (Ops::kTilesApart != TilesApart::never && !adjacent && last - first <= Ops::kBlockMaxRows) {
+  if (Ops::template kTilesApart<Format> != TilesApart::never && !adjacent && last - first <= Ops::kBlockMaxRows) {
     const Product second = p.second_tile();
     vector_product<Ops, Format, 1>(p, first, last, out, kStride);
     vector_product<Ops, Format, 1>(second, first, last, out + kPanelColumns, kStride);

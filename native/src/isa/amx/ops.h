@@ -21,7 +21,9 @@ struct AmxOps : AmxVectorOps {
                                      kNeedsOsTiles | kNeedsTilePalette | kNeedsTilePermission;
 #endif
   template <class Format>
-  static constexpr int64_t kReadAheadBytes = 2048;
+  static constexpr TilesApart kTilesApart = Format::kExpands ? TilesApart::first_rows : TilesApart::never;
+  template <class Format>
+  static constexpr int64_t kReadAheadBytes = Format::kExpands ? 2048 : 4096;
   // Weights stream through tiles faster than through vectors as soon as a few rows share them; int4, which
   // must be expanded, needs more. fp8 goes with bf16, whose bits it has. docs/benchmarks/log.md.
   template <class Format>

@@ -36,6 +36,7 @@ struct Avx2Ops {
   // 2 registers of sums a row and tile, 4 of weights a tile and 2 of activations: 4 rows by 1 tile fit, 2
   // rows by 2 tiles do not.
   static constexpr int kBlockMaxRows = 4;
+  template <class Format>
   static constexpr TilesApart kTilesApart = TilesApart::always;
   template <class Format>
   static constexpr int64_t kReadAheadBytes = 2048;

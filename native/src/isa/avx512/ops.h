@@ -35,6 +35,7 @@ struct Avx512Ops {
   static constexpr int32_t kAutomatic = 1;
   // 8 rows x 2 tiles of sums leave half of the 32 registers for weights and activations.
   static constexpr int kBlockMaxRows = 8;
+  template <class Format>
   static constexpr TilesApart kTilesApart = TilesApart::first_rows;
   template <class Format>
   static constexpr int64_t kReadAheadBytes = Format::kExpands ? 2048 : 0;

@@ -30,6 +30,7 @@ struct PortableOps {
   // Rows of a register block; whether they take the two tiles of a pair one after the other, not side by
   // side; and how far ahead weights are fetched for the first of them.
   static constexpr int kBlockMaxRows = 4;
+  template <class Format>
   static constexpr TilesApart kTilesApart = TilesApart::never;
   template <class Format>
   static constexpr int64_t kReadAheadBytes = 2048;
