@@ -36,10 +36,12 @@ FORMATS = (
     Format(_native.FORMAT_INT4, 128, rotated=True),
 )
 
-#: Groups of more columns than those of `FORMATS`; of down they are no wider than the intermediate's.
+#: What `FORMATS` lacks, groups of more columns among it; of down they are no wider than the intermediate's.
 WIDE_FORMATS = (
     *(Format(_native.FORMAT_INT8, group, rotated) for group in (256, 512) for rotated in (False, True)),
+    Format(_native.FORMAT_INT8, 32, rotated=True),
     Format(_native.FORMAT_INT4, 64, rotated=True),
+    Format(_native.FORMAT_INT4, rotated=True),
 )
 
 PLAIN = Activation()

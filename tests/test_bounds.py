@@ -48,7 +48,7 @@ def use_everything(isa: str) -> None:
     with pool_of(1, 1) as pool:
         for form in FORMATS:
             for dtype in DTYPES:
-                for hidden, intermediate in ((1, 1), (33, 47), (70, 130)):
+                for hidden, intermediate in ((1, 1), (33, 47), (64, 128), (70, 130)):
                     plain = make_weights(rng, hidden, intermediate, dtype, biases=True)
                     names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
                     expert = ExpertWeights(*(at_the_edge(getattr(plain, name)) for name in names))

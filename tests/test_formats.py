@@ -71,13 +71,15 @@ def test_packing_gives_the_reference_bytes(one_pool: _native.Pool, form: Format,
     check()
 
 
+@pytest.mark.parametrize("isa", runnable_isas())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", WIDE_FORMATS, ids=str)
-def test_rows_of_several_wide_groups(form: Format) -> None:
+def test_rows_of_several_wide_groups(form: Format, dtype: np.dtype[np.generic], isa: str) -> None:
     """Neither size is a multiple of 64: the last columns are not rotated, and the last groups are short."""
     rng = np.random.default_rng(22)
-    weights = make_weights(rng, 1100, 590, BF16, spread=1.0)
+    weights = make_weights(rng, 1100, 590, dtype, spread=1.0)
     for threads in ((2,), (1, 1)):
-        with pool_of(*threads) as pool, NativeLayer(pool, [weights], form) as layer:
+        with pool_of(*threads) as pool, NativeLayer(pool, [weights], form, Options(isa=isa)) as layer:
             assert_parts_equal(layer.export(0), pack(weights, form))
 
 

@@ -124,7 +124,7 @@ def test_dispatch_thresholds_change_no_bit(form: Format, isa: str) -> None:
     """Rows of one expert, one fewer than a threshold and more than it, in strict mode for bf16."""
     rng = np.random.default_rng(54)
     experts = _experts(rng, 1, 96, 130)
-    edges = sorted({15, 16, 17, 33} | {r + d for r in thresholds(isa, form.kind) for d in (-1, 0, 1)})
+    edges = sorted({*range(1, 18), 33} | {r + d for r in thresholds(isa, form.kind) for d in (-1, 0, 1)})
     x = make_input(rng, edges[-1], 96)
     ids, weights = np.zeros((edges[-1], 1), np.int64), rng.random((edges[-1], 1)).astype(np.float32)
     with (

@@ -134,7 +134,7 @@ def test_both_sides_of_every_dispatch_threshold(form: Format, isa: str, strict: 
     rng = np.random.default_rng(31)
     experts = [make_weights(rng, 96, 160) for _ in range(2)]
     reference = Layer(experts, form)
-    counts = {1, 2, 16, 17, 33}
+    counts = {*range(1, 18), 33}
     for rows in thresholds(isa, form.kind):
         counts |= {rows - 1, rows, rows + 1}
     with pool_of(2) as pool, NativeLayer(pool, experts, form, Options(strict=strict, isa=isa)) as layer:
@@ -212,12 +212,13 @@ def test_largest_integer_sums(isa: str) -> None:
     hidden = 65536
     ones = np.ones((1, hidden), np.float32)
     experts = [ExpertWeights(ones, -ones, np.ones((hidden, 1), np.float32))]
-    x = np.ones((2, hidden), np.float32)
-    x[1] = -1
-    ids, weights = np.zeros((2, 1), np.int64), np.ones((2, 1), np.float32)
+    rows = 9
+    x = np.ones((rows, hidden), np.float32)
+    x[1::2] = -1
+    ids, weights = np.zeros((rows, 1), np.int64), np.ones((rows, 1), np.float32)
     activation = Activation(limit=2.0)
     with pool_of(1) as pool:
-        for form in (FORMATS[1], FORMATS[2]):
+        for form in (FORMATS[1], FORMATS[2], FORMATS[3], FORMATS[5]):
             with NativeLayer(pool, experts, form, Options(activation, isa=isa)) as layer:
                 reference = Layer(experts, form, activation)
                 check_against_reference(layer.forward(x, ids, weights), reference, x, ids, weights)

@@ -98,9 +98,10 @@ def draw(report: dict[str, Any], peers: dict[str, Any] | None = None) -> Figure:
         axes.grid(alpha=0.25)
     figure.suptitle(
         f"{report['machine']['cpu_model']}, {report['isa']}, "
-        f"{threads} threads: the least possible time over the measured one",
+        f"{threads} threads:\nthe least possible time over the measured one",
         x=0.01,
         ha="left",
+        fontsize="medium",
     )
-    figure.legend(lines.values(), lines.keys(), loc="outside right upper", frameon=False)
+    figure.legend(lines.values(), lines.keys(), loc="outside right center", frameon=False)
     return figure

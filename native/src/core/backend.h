@@ -5,7 +5,7 @@
 //
 // Activations ("rows") of one expert lie in blocks of up to 16 rows. Within a block the K steps of 64
 // bytes follow each other, and within a step the rows: [step][row of the block][64 bytes]. A block is
-// therefore a run of tile operands, and a single row is contiguous. `rows_block_bytes` in
+// therefore a run of tile operands, and a single row is contiguous. `row_address` in
 // kernels/rows.h is the one place that computes the addresses.
 #pragma once
 
@@ -44,7 +44,7 @@ struct Gemm {
   // Sums of a row of activations, one for each segment; with factors, behind each those of its steps: of the
   // two halves, as 16-bit numbers, the first in the low one.
   int32_t sums;
-  int32_t sums_per_row_group;
+  int32_t sums_per_row_group;  // from those of a group of activations to those of the next
   // Columns of the intermediate that are made together, because they share a scale where there are scales: of
   // the gemm that multiplies with it.
   int32_t row_group_columns;

@@ -11,6 +11,8 @@
 //   step             adds one step of MR activation rows (64 bytes apart) times NT tiles, and fetches what
 //   lies
 //                    ahead_bytes behind each line it reads; not where tiles turn into bf16
+//   kSumsNibbles     with factors: whether steps of MR rows take off what stands for 0 by themselves
+//   kMultiply        the multiplication of its products, for probes
 //   kExpands         whether a tile must be expanded to be a matrix-unit operand
 //   expand_tile      if so: into the given 1024 bytes, with the scales of its 16 rows if kScaledToBf16, with
 //                    their factors if kFactors
@@ -28,7 +30,7 @@
 struct StepFactors {
   const uint8_t *low, *high;
   int64_t tile_stride_bytes;
-  const int32_t *sums;  // with pair sums: those of the rows' step, row_stride apart
+  const int32_t *sums;  // of the rows, those of the step's two halves, row_stride apart; null: not needed
   int64_t row_stride;
   // The same from another tile on.
   KTK_MEMBER StepFactors from_tile(int tile) const {
@@ -51,7 +53,7 @@ constexpr int kFactorBytes = 2 * kPanelColumns;  // of a group in a panel
 // Packing sees a panel as vectors of its 16 output rows, one for each input column: scales and factors are
 // then vectors too, and 4 columns of codes are one line of a tile.
 
-constexpr int kPackColumns = 128;  // columns packed at a time, unless a group has more: a multiple of a step
+constexpr int kPackColumns = 128;  // columns of 4-bit weights packed at a time: whole groups and steps
 
 // `count` values of row n from `column` of the shard on, a multiple of 16, as they are; zero past the end and
 // in rows that do not exist. The rows of a panel are too many streams for a processor to foresee.
@@ -122,11 +124,13 @@ KTK_INLINE void load_columns(const PackArgs *args, int64_t column, float *column
     for (int half = 0; half < kLoadColumns; half += 32) {
       alignas(64) uint8_t words[kPanelColumns * 64], turned[kPanelColumns * 64];
       for (int n = 0; n < kPanelColumns; n++) {
-        const uint16_t *row = (const uint16_t *)args->rows[n];
-        const bool exists = row != nullptr;
-        row += args->first_column + column + half;
-        if (exists) __builtin_prefetch(row + kPackAheadBytes / 2, 0, 0);
-        Ops::store_i(words + n * 64, exists ? Ops::load_i(row) : Ops::zero_i());
+        typename Ops::I pairs = Ops::zero_i();
+        if (args->rows[n] != nullptr) {
+          const uint16_t *row = (const uint16_t *)args->rows[n] + args->first_column + column + half;
+          __builtin_prefetch(row + kPackAheadBytes / 2, 0, 0);
+          pairs = Ops::load_i(row);
+        }
+        Ops::store_i(words + n * 64, pairs);
       }
       Ops::transpose(words, turned);
       float *to = columns + half * kPanelColumns;
@@ -170,7 +174,7 @@ KTK_INLINE void store_tile(const void *rows, uint8_t *tile) {
 KTK_INLINE void finish_tiles() { __builtin_ia32_sfence(); }
 
 // Of each row of a panel, over all of the unsharded row: the largest magnitude, as fp32 bits, and the widest
-// range of a group of columns that divides 64 or is a multiple of it, 0 included.
+// range of a group of columns, a power of two of them; a range includes 0.
 template <class Ops>
 struct PanelSurvey {
   alignas(64) int32_t magnitudes[kPanelColumns];
@@ -191,7 +195,7 @@ struct PanelSurvey {
         most = larger_magnitude<Ops>(most, Ops::as_i(value));
         low = Ops::min(low, value);
         high = Ops::max(high, value);
-        if ((first + c + 1) % group_columns != 0) continue;
+        if (((first + c + 1) & (group_columns - 1)) != 0) continue;
         widest = Ops::max(widest, Ops::fma(low, Ops::set1_f(-1.0f), high));
         low = high = Ops::zero_f();
       }

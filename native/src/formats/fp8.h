@@ -84,7 +84,7 @@ struct Fp8 {
     if (panel_magnitudes<Ops>(args, magnitudes) >= kInfinityBits) return 1;
     const int64_t end = (int64_t)gemm.steps * kStepColumns;
     for (int64_t first = 0; first < end; first += kScaleBlock) {
-      float columns[kScaleBlock * kPanelColumns];
+      alignas(64) float columns[kScaleBlock * kPanelColumns];
       typename Ops::I largest = Ops::zero_i();
       for (int c = 0; c < kScaleBlock; c += kLoadColumns)
         load_columns<Ops>(args, first + c, columns + c * kPanelColumns);

@@ -293,8 +293,8 @@ struct Int4 {
     Fit<Ops> fit = {Ops::set1_f(1.0f), Ops::set1_f(-8.0f), Ops::zero_f()};
     const typename Ops::F by = Ops::load_f(inverse);
     for (int64_t first = 0; first < (int64_t)gemm.steps * kStepColumns; first += kPackColumns) {
-      float columns[kPackColumns * kPanelColumns];
-      int32_t codes[kPackColumns * kPanelColumns];
+      alignas(64) float columns[kPackColumns * kPanelColumns];
+      alignas(64) int32_t codes[kPackColumns * kPanelColumns];
       for (int c = 0; c < kPackColumns; c += kLoadColumns)
         load_columns<Ops>(args, first + c, columns + c * kPanelColumns);
       for (int part = 0; part < kPackColumns; part += group_columns) {

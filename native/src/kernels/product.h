@@ -177,6 +177,7 @@ static void integer_rows(const Product &p, const RowAddress address, int row, fl
       StepFactors factors = {};
       if constexpr (Format::kFactors) {
         factors = step_factors(p, step, 0);
+        // Behind the sum of each segment so far.
         factors.sums = row_sums + segment + 1 + step;
         factors.row_stride = gemm.sums;
       }
@@ -287,12 +288,17 @@ KTK_INLINE void vector_product(const Product &p, int first, int last, float *out
   }
 }
 
-// The same for the pair of tiles that `p` begins with.
+// The same for the pair of tiles that `p` begins with. Tiles apart whose steps do not lie side by side in
+// memory are read one after the other for all of K, if that reads no activations more often than they are
+// read anyway.
 template <class Ops, class Format>
 KTK_INLINE void vector_pair(const Product &p, int first, int last, float *out) {
   constexpr int kStride = 2 * kPanelColumns;
-  const bool adjacent = p.tile_stride_bytes == Format::kTileBytes;
-  if (Ops::template kTilesApart<Format> != TilesApart::never && !adjacent && last - first <= Ops::kBlockMaxRows) {
+  constexpr TilesApart kApart = Ops::template kTilesApart<Format>;
+  const bool side_by_side = p.tile_stride_bytes == Format::kTileBytes;
+  const bool apart =
+      kApart == TilesApart::always || (kApart == TilesApart::first_rows && first == 0 && !p.in_cache);
+  if (apart && !side_by_side && last - first <= Ops::kBlockMaxRows) {
     const Product second = p.second_tile();
     vector_product<Ops, Format, 1>(p, first, last, out, kStride);
     vector_product<Ops, Format, 1>(second, first, last, out + kPanelColumns, kStride);

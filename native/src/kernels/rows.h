@@ -127,8 +127,8 @@ KTK_INLINE void load_step(const void *values, int32_t dtype, int64_t index, int6
 
 // Quantises values [first, last) of a row to int8 with one scale, into the steps of `row`, and zeroes the
 // rest of the last step. `first` is on a step; sums are of `sum_columns` columns each, counted from it.
-// Pairs: the first sum is of all columns, and the others are two of half as many each, in the halves of a
-// word.
+// Pairs: a sum of all columns comes first, and each other is two, of the first half of its columns in its low
+// 16 bits and of the second in its high ones.
 template <class Ops, bool Pairs>
 KTK_INLINE void quantise_group(const void *values, int32_t dtype, int64_t first, int64_t last, bool rotated,
                                int64_t sum_columns, uint8_t *row, int64_t step_stride_bytes, float *scale,

@@ -39,7 +39,7 @@ KTK_INLINE void prefetch_near(const uint8_t *tile) {
 }
 // A tile of weights as it is stored.
 template <class Format>
-KTK_INLINE void fetch_weights(const Product &p, int tile, int step) {
+KTK_INLINE void prefetch_weights(const Product &p, int tile, int step) {
   const uint8_t *data = p.tiles + p.tile_offset_bytes(tile) + step * p.step_stride_bytes;
   for (int line = 0; line < Format::kTileBytes; line += 64) __builtin_prefetch(data + line, 0, 2);
 }
@@ -272,7 +272,7 @@ static void tile_panel(const Product &p, TileState &state, int tile_count, const
       const int soon = step + 2;
       prefetch_near(soon < steps ? column.data + soon * column.step_stride_bytes
                                  : next.data + (soon - steps) * next.step_stride_bytes);
-      if (far) fetch_weights<Format>(p, tile, step0 + steps + step);
+      if (far) prefetch_weights<Format>(p, tile, step0 + steps + step);
       fetch_rows(ahead, step, tile, tile_count);
       KTK_TILE_LOAD(file, 5, column.data + step * column.step_stride_bytes, 64);
       KTK_TILE_EACH(MT, KTK_MULTIPLY);
@@ -348,7 +348,7 @@ static void tile_segments(const Product &p, TileState &state, const TileSteps &k
           if (!Format::kExpands)
             prefetch_near(soon < k.count ? column.data + soon * column.step_stride_bytes
                                          : next[j].data + (soon - k.count) * next[j].step_stride_bytes);
-          if (ahead.far) fetch_weights<Format>(p, place.tile + j, k.first + k.count + step);
+          if (ahead.far) prefetch_weights<Format>(p, place.tile + j, k.first + k.count + step);
         }
         fetch_rows(ahead.panel, step, ahead.share, ahead.shares);
         KTK_LOAD_WEIGHTS(5, 0);
@@ -458,11 +458,11 @@ static void tile_block(const Product &p, TileState &state, int tile_count, int t
 #define KTK_STORE_SUM(j) KTK_TILE_STORE(file, j, target + (j) * kSumTileFloats, 64)
 #define KTK_MULTIPLY(j)                                                  \
   do {                                                                   \
-    prefetch_near(weights[j] + step * p.step_stride_bytes + kReadAhead); \
+    prefetch_near(weights[j] + step * p.step_stride_bytes + kAhead);     \
     KTK_TILE_LOAD(file, 5, weights[j] + step * p.step_stride_bytes, 64); \
     KTK_TILE_DOT(file, j, 6, 5);                                         \
   } while (0)
-  constexpr int64_t kReadAhead = 4096;
+  constexpr int64_t kAhead = Ops::template kReadAheadBytes<Format>;
   if (p.accumulate) {
     KTK_TILE_EACH(NT, KTK_LOAD_SUM);
   } else {

@@ -20,6 +20,11 @@ struct AmxOps : AmxVectorOps {
   static constexpr uint32_t kNeeds = AmxVectorOps::kNeeds | kNeedsAmxTile | kNeedsAmxInt8 | kNeedsAmxBf16 |
                                      kNeedsOsTiles | kNeedsTilePalette | kNeedsTilePermission;
 #endif
+#ifdef KTK_AMX_EMULATED
+  // Those of the set that the real one takes its vectors from.
+  static constexpr int kBlockMaxRows = 8;
+#endif
+  // Measured on Emerald Rapids: docs/benchmarks/log.md.
   template <class Format>
   static constexpr TilesApart kTilesApart = Format::kExpands ? TilesApart::first_rows : TilesApart::never;
   template <class Format>

@@ -35,6 +35,7 @@ struct Avx512Ops {
   static constexpr int32_t kAutomatic = 1;
   // 8 rows x 2 tiles of sums leave half of the 32 registers for weights and activations.
   static constexpr int kBlockMaxRows = 8;
+  // What EPYC processors fetch by themselves: docs/benchmarks/log.md.
   template <class Format>
   static constexpr TilesApart kTilesApart = TilesApart::first_rows;
   template <class Format>
@@ -115,9 +116,7 @@ struct Avx512Ops {
   KTK_INLINE int32_t reduce_max_i(I a) { return _mm512_reduce_max_epi32(a.v); }
   KTK_INLINE F from_i(I a) { return _mm512_cvtepi32_ps(a.v); }
   KTK_INLINE I round_i(F a) { return {_mm512_cvtps_epi32(a)}; }
-  KTK_INLINE F round_f(F a) {
-    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  }
+  KTK_INLINE F round_f(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   KTK_INLINE F as_f(I a) { return _mm512_castsi512_ps(a.v); }
   KTK_INLINE I as_i(F a) { return {_mm512_castps_si512(a)}; }
 

@@ -27,11 +27,10 @@ struct PortableOps {
 
   static constexpr uint32_t kNeeds = 0;
   static constexpr int32_t kAutomatic = 1;
-  // Rows of a register block; whether they take the two tiles of a pair one after the other, not side by
-  // side; and how far ahead weights are fetched for the first of them.
-  static constexpr int kBlockMaxRows = 4;
+  static constexpr int kBlockMaxRows = 4;  // rows of a register block
   template <class Format>
   static constexpr TilesApart kTilesApart = TilesApart::never;
+  // How far ahead weights are fetched for the first rows that meet them; 0: not by instructions.
   template <class Format>
   static constexpr int64_t kReadAheadBytes = 2048;
   // Rows from which an expert goes to matrix units; 0: there are none.
@@ -112,6 +111,7 @@ struct PortableOps {
     const F magic = set1_f(12582912.0f);  // 1.5 * 2^23: its unit in the last place is 1
     return sub_i(as_i(a + magic), as_i(magic));
   }
+  // The same; the sign of a zero is unspecified.
   KTK_INLINE F round_f(F a) { return from_i(round_i(a)); }
   KTK_INLINE F as_f(I a) { return (F)a; }
   KTK_INLINE I as_i(F a) { return (I)a; }
