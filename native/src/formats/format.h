@@ -8,9 +8,8 @@
 //   kFactors         groups of columns have integer factors under one scale a row (integer formats)
 //   kScaledToBf16    weights that turn into a bf16 tile as they are read; kStepsOfScale steps share a scale
 //   kZeroPoint       integer formats: the byte that means 0
-//   step             adds one step of MR activation rows (64 bytes apart) times NT tiles, and fetches what
-//   lies
-//                    ahead_bytes behind each line it reads; not where tiles turn into bf16
+//   step             adds one step of MR activation rows (64 bytes apart) times NT tiles, and fetches
+//                    what lies ahead_bytes behind each line it reads; not where tiles turn into bf16
 //   kSumsNibbles     with factors: whether steps of MR rows take off what stands for 0 by themselves
 //   kMultiply        the multiplication of its products, for probes
 //   kExpands         whether a tile must be expanded to be a matrix-unit operand
