@@ -21,7 +21,7 @@ Gemm make_gemm(const FormatKernels &kernels, int32_t depth, int32_t group_size, 
 
   gemm.group_columns = group_size > 0 ? group_size : depth;
   gemm.row_groups = row_group_columns > 0 ? static_cast<int32_t>(divide_up(depth, row_group_columns)) : 1;
-  gemm.sums = kernels.factors != 0 ? 1 + gemm.steps : 1;
+  gemm.sums = kernels.factors != 0 ? gemm.row_groups + gemm.steps : 1;
   gemm.sums_per_row_group = gemm.sums;
   // Integer factors leave sums whole; scales of groups cut them.
   const int32_t scale_columns = kernels.factors != 0 ? 0 : group_size;
@@ -46,7 +46,6 @@ Gemm make_gemm(const FormatKernels &kernels, int32_t depth, int32_t group_size, 
     gemm.sums = gemm.segments;
     gemm.sums_per_row_group = row_group_columns > 0 ? row_group_columns / segment_columns : gemm.segments;
   } else if (row_group_columns > 0) {
-    gemm.sums = gemm.row_groups + gemm.steps;
     gemm.sums_per_row_group = 1 + row_group_columns / kernels.step_columns;
   }
   return gemm;

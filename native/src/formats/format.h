@@ -205,14 +205,6 @@ struct PanelSurvey {
   }
 };
 
-// The largest magnitude of each row of a panel alone.
-template <class Ops>
-KTK_INLINE int32_t panel_magnitudes(const PackArgs *args, int32_t *magnitudes) {
-  const PanelSurvey<Ops> survey(args, kLoadColumns);
-  __builtin_memcpy(magnitudes, survey.magnitudes, sizeof survey.magnitudes);
-  return survey.largest;
-}
-
 KTK_INLINE void store_row_scales(const PackArgs *args, const float *scale) {
   __builtin_memcpy(args->scale, scale, kPanelColumns * 4);
 }

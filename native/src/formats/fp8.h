@@ -80,8 +80,7 @@ struct Fp8 {
   static int32_t pack(const PackArgs *args) {
     const Gemm &gemm = *args->gemm;
     if (args->block_scale != nullptr) return pack_codes(args);
-    int32_t magnitudes[kPanelColumns];
-    if (panel_magnitudes<Ops>(args, magnitudes) >= kInfinityBits) return 1;
+    if (PanelSurvey<Ops>(args, kLoadColumns).largest >= kInfinityBits) return 1;
     const int64_t end = (int64_t)gemm.steps * kStepColumns;
     for (int64_t first = 0; first < end; first += kScaleBlock) {
       alignas(64) float columns[kScaleBlock * kPanelColumns];
@@ -92,6 +91,7 @@ struct Fp8 {
         const typename Ops::I value = Ops::as_i(Ops::load_f(columns + c * 16));
         largest = Ops::max_i(largest, Ops::and_i(value, Ops::set1_i(0x7fffffff)));
       }
+      int32_t magnitudes[kPanelColumns];
       Ops::store_i(magnitudes, largest);
       float scale[kPanelColumns], inverse[kPanelColumns];
       for (int n = 0; n < kPanelColumns; n++) {

@@ -16,13 +16,11 @@ struct AmxOps : AmxVectorOps {
 #ifdef KTK_AMX_EMULATED
   static constexpr uint32_t kNeeds = 0;
   static constexpr int32_t kAutomatic = 0;
+  // Those of the set that the real one takes its vectors from.
+  static constexpr int kBlockMaxRows = 8;
 #else
   static constexpr uint32_t kNeeds = AmxVectorOps::kNeeds | kNeedsAmxTile | kNeedsAmxInt8 | kNeedsAmxBf16 |
                                      kNeedsOsTiles | kNeedsTilePalette | kNeedsTilePermission;
-#endif
-#ifdef KTK_AMX_EMULATED
-  // Those of the set that the real one takes its vectors from.
-  static constexpr int kBlockMaxRows = 8;
 #endif
   // Measured on Emerald Rapids: docs/benchmarks/log.md.
   template <class Format>

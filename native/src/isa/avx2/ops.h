@@ -6,6 +6,7 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
+#include "isa/avx2/add_lanes.h"
 #include "isa/avx2/transpose.h"
 #include "kernels/inline.h"
 
@@ -151,13 +152,7 @@ struct Avx2Ops {
       }
     }
   }
-  KTK_INLINE int32_t reduce_add_i(I a) {
-    const __m256i eight = _mm256_add_epi32(a.low, a.high);
-    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
-    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1));
-    return _mm_cvtsi128_si32(four);
-  }
+  KTK_INLINE int32_t reduce_add_i(I a) { return add_lanes(_mm256_add_epi32(a.low, a.high)); }
   KTK_INLINE int32_t reduce_max_i(I a) {
     const __m256i eight = _mm256_max_epi32(a.low, a.high);
     __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));

@@ -7,6 +7,7 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
+#include "isa/avx2/add_lanes.h"
 #include "isa/avx2/transpose.h"
 #include "kernels/inline.h"
 
@@ -112,12 +113,9 @@ struct Avx512Ops {
       _mm512_storeu_si512(to + (parity + 6) * 64, _mm512_shuffle_i64x2(fours[1], fours[3], 0xdd));
     }
   }
-  // Modulo 2^32, which GCC's own reduction, an addition of ints, leaves undefined.
+  // GCC's own reduction adds ints, which must not overflow.
   KTK_INLINE int32_t reduce_add_i(I a) {
-    const __m256i eight = _mm256_add_epi32(_mm512_castsi512_si256(a.v), _mm512_extracti64x4_epi64(a.v, 1));
-    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
-    const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+    return add_lanes(_mm256_add_epi32(_mm512_castsi512_si256(a.v), _mm512_extracti64x4_epi64(a.v, 1)));
   }
   KTK_INLINE int32_t reduce_max_i(I a) { return _mm512_reduce_max_epi32(a.v); }
   KTK_INLINE F from_i(I a) { return _mm512_cvtepi32_ps(a.v); }
