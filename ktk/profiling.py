@@ -192,8 +192,12 @@ def summarise(trace: dict[str, Any]) -> TraceSummary:
         call.busy[lane] = call.busy.get(lane, 0.0) + event["dur"]
 
     calls: dict[str, list[_Call]] = {stage: list(found) for stage, found in alone.items()}
-    for (stage, _, _), call in sections.items():
-        calls.setdefault(stage, []).append(call)
+    together: dict[tuple[int, int], dict[str, _Call]] = {}
+    for (stage, pool, section), call in sections.items():
+        together.setdefault((pool, section), {})[stage] = call
+    for stages in together.values():
+        for stage, call in _shares(stages).items():
+            calls.setdefault(stage, []).append(call)
     totals = {stage: sum(call.end - call.begin for call in found) for stage, found in calls.items()}
     everything = sum(totals.values())
     workers = [
@@ -220,6 +224,29 @@ def summarise(trace: dict[str, Any]) -> TraceSummary:
         duration_us=about.get("duration_us", 0.0),
         dropped_spans=about.get("dropped_spans", 0),
     )
+
+
+def _shares(stages: dict[str, _Call]) -> dict[str, _Call]:
+    """The stages of one section, each with its share of the section: they may run side by side."""
+    if len(stages) == 1:
+        return stages
+    begin = min(call.begin for call in stages.values())
+    end = max(call.end for call in stages.values())
+    busy: dict[tuple[int, int], float] = {}
+    for call in stages.values():
+        for lane, time in call.busy.items():
+            busy[lane] = busy.get(lane, 0.0) + time
+    everything = sum(busy.values())
+    shares = {stage: sum(call.busy.values()) / (everything or 1.0) for stage, call in stages.items()}
+    return {
+        stage: _Call(
+            begin,
+            begin + (end - begin) * share,
+            stages[stage].threads,
+            {lane: time * share for lane, time in busy.items()},
+        )
+        for stage, share in shares.items()
+    }
 
 
 def _imbalance(calls: Iterable[_Call]) -> float:

@@ -49,6 +49,7 @@ struct Gemm {
   // the gemm that multiplies with it.
   int32_t row_group_columns;
   int32_t rotated;  // columns are those of the model times the rotation of docs/numerics.md
+  int64_t row_bytes;  // of activations, from one row to the next
 };
 
 // One expert's activations; scale [rows][row_groups], sum [rows][sums]: integer formats only.

@@ -8,6 +8,7 @@
 #include "engine/moe.h"
 #include "engine/route.h"
 #include "engine/scratch.h"
+#include "engine/turns.h"
 
 namespace ktk {
 
@@ -56,6 +57,21 @@ struct Moe::Batch {
   // Workers take experts by turns and add to the same sums; else each has the sums of some columns to itself.
   bool shared_sums;
   const TrainingBatch *training = nullptr;  // null: inference
+};
+
+// The down projection in pieces of the rows of one expert and runs of columns, which add to shared sums by
+// turns.
+struct Moe::DownTurns {
+  struct Piece {
+    const Route::Expert *expert;
+    int32_t first_row, last_row;
+  };
+  int64_t panels, runs;              // of the output: columns of 16, and runs of them
+  std::vector<Piece> pieces;         // expert by expert
+  std::vector<int64_t> first_piece;  // of each expert of the route, and their number
+  std::vector<Turns> turns;          // of each shard
+
+  DownTurns(const Moe &moe, const Batch &batch);
 };
 
 Rows rows_from(const Rows &rows, const Gemm &gemm, int64_t row);

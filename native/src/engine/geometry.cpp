@@ -8,6 +8,7 @@ Gemm make_gemm(const FormatKernels &kernels, int32_t depth, int32_t group_size, 
   Gemm gemm{};
   gemm.depth = depth;
   gemm.steps = static_cast<int32_t>(divide_up(depth, kernels.step_columns));
+  gemm.row_bytes = int64_t{gemm.steps} * kStepBytes;
   gemm.segments = 1;
   gemm.segment_steps = gemm.steps;
   gemm.halves = 1;
@@ -51,13 +52,21 @@ Gemm make_gemm(const FormatKernels &kernels, int32_t depth, int32_t group_size, 
   return gemm;
 }
 
+Gemm with_rows_apart(Gemm gemm) {
+  // Measured on Emerald Rapids: docs/benchmarks/log.md.
+  constexpr int32_t kEvenSteps = 16, kApartSteps = 8;
+  const bool even = gemm.steps % kEvenSteps == 0 && gemm.steps > kEvenSteps;
+  gemm.row_bytes = int64_t{gemm.steps + (even ? kApartSteps : 0)} * kStepBytes;
+  return gemm;
+}
+
 Gemm gate_up_gemm(const FormatKernels &kernels, const ktk_moe_config &config) {
   // Where weights have a scale a row, so has the input: its products are one segment.
   const bool whole = config.group_size == 0 || kernels.factors != 0;
   Gemm gemm = make_gemm(kernels, config.hidden_size, config.group_size,
                         whole ? 0 : std::max(kActivationGroup, config.group_size));
   gemm.rotated = config.rotated;
-  return gemm;
+  return with_rows_apart(gemm);
 }
 
 Gemm down_gemm(const FormatKernels &kernels, const ktk_moe_config &config, int32_t depth) {
@@ -65,7 +74,7 @@ Gemm down_gemm(const FormatKernels &kernels, const ktk_moe_config &config, int32
   Gemm gemm = make_gemm(kernels, depth, std::min(config.group_size, group), group);
   gemm.row_group_columns = group;
   gemm.rotated = config.rotated;
-  return gemm;
+  return with_rows_apart(gemm);
 }
 
 std::vector<ShardRange> split_intermediate(int32_t intermediate_size, int32_t group_columns, int shards) {

@@ -16,6 +16,10 @@ inline bool is_format(int32_t format) { return format >= 0 && format < kFormats;
 // `row_group_columns`: columns that share an activation scale; 0: one for the whole row.
 Gemm make_gemm(const FormatKernels &kernels, int32_t depth, int32_t group_size, int32_t row_group_columns);
 
+// With rows so far apart that one block of K of several blocks of rows does not meet in a few sets of a
+// cache: 16 rows of a power of two steps are as many KiB.
+Gemm with_rows_apart(Gemm gemm);
+
 // The projections of a layer: of the input, and of `depth` columns of the intermediate.
 Gemm gate_up_gemm(const FormatKernels &kernels, const ktk_moe_config &config);
 Gemm down_gemm(const FormatKernels &kernels, const ktk_moe_config &config, int32_t depth);

@@ -120,9 +120,13 @@ void Moe::forward(const ktk_forward_args &args) {
   Batch batch{args, tokens, scratch.route, scratch, {}, {}, {}, 0, false};
   prepare(batch);
   quantise(batch);
-  gather(batch);
-  gate_up(batch);
-  down(batch);
+  if (batch.shared_sums) {
+    overlapped(batch);
+  } else {
+    gather(batch);
+    gate_up(batch);
+    down(batch);
+  }
   merge(batch);
 }
 
@@ -179,7 +183,7 @@ void Moe::place(Batch &batch, bool measuring) const {
   const WorkerPool &pool = context_->pool;
   const auto rows = [](Arena &arena, int64_t count, const Gemm &gemm) {
     Rows placed{};
-    placed.data = arena.place<uint8_t>(count * gemm.steps * kStepBytes);
+    placed.data = arena.place<uint8_t>(count * gemm.row_bytes);
     placed.scale = arena.place<float>(count * gemm.row_groups);
     placed.sum = arena.place<int32_t>(count * gemm.sums);
     return placed;
@@ -231,31 +235,31 @@ void Moe::quantise(Batch &batch) const {
 // A single row needs no gathering: it lies where the token was quantised.
 void Moe::gather(Batch &batch) const {
   struct Block {
-    int32_t row, count;
+    const Route::Expert *expert;
+    int32_t row;
   };
   std::vector<Block> blocks;
   for (const Route::Expert &expert : batch.route.experts) {
     if (expert.rows == 1) continue;
-    for (int32_t row = 0; row < expert.rows; row += kBlockRows) {
-      blocks.push_back({expert.first + row, std::min(kBlockRows, expert.rows - row)});
-    }
+    for (int32_t row = 0; row < expert.rows; row += kBlockRows) blocks.push_back({&expert, row});
   }
-  const Gemm &gemm = store_.gate_up();
   run_spread(context_->pool, {Stage::gather, config_.layer_index}, static_cast<int64_t>(blocks.size()),
              kInlineBlocks, [&](int64_t unit) {
-               const Block block = blocks[static_cast<size_t>(unit)];
-               const Rows to = {batch.by_row.data + int64_t{block.row} * gemm.steps * kStepBytes,
-                                batch.by_row.scale + int64_t{block.row} * gemm.row_groups,
-                                batch.by_row.sum + int64_t{block.row} * gemm.sums};
-               const GatherArgs args = {&gemm, batch.by_token, batch.route.tokens.data() + block.row,
-                                        block.count, to};
-               kernels_.gather(&args);
+               const Block &block = blocks[static_cast<size_t>(unit)];
+               gather_block(batch, *block.expert, block.row);
              });
 }
 
+void Moe::gather_block(const Batch &batch, const Route::Expert &expert, int32_t row) const {
+  const Gemm &gemm = store_.gate_up();
+  const int32_t first = expert.first + row;
+  const GatherArgs args = {&gemm, batch.by_token, batch.route.tokens.data() + first,
+                           std::min(kBlockRows, expert.rows - row), rows_from(batch.by_row, gemm, first)};
+  kernels_.gather(&args);
+}
+
 Rows rows_from(const Rows &rows, const Gemm &gemm, int64_t row) {
-  return {rows.data + row * gemm.steps * kStepBytes, rows.scale + row * gemm.row_groups,
-          rows.sum + row * gemm.sums};
+  return {rows.data + row * gemm.row_bytes, rows.scale + row * gemm.row_groups, rows.sum + row * gemm.sums};
 }
 
 Weights weights_of(const ExpertStore &store, int shard, int32_t expert, ktk_part weight) {
@@ -279,62 +283,7 @@ void Moe::gate_up(Batch &batch) const {
           static_cast<int32_t>(divide_up(std::min(left, group_columns), placed.unit_columns));
     }
   }
-  const auto unit = [&](int s, int worker, int64_t index) {
-    const ExpertStore::Shard &shard = store_.shard(s);
-    const Batch::Shard &placed = batch.shards[static_cast<size_t>(s)];
-    const int64_t parts = divide_up(shard.columns(), placed.unit_columns);
-    const int64_t which = index / parts;
-    const Route::Expert &expert = batch.route.experts[static_cast<size_t>(which)];
-    const auto column = static_cast<int32_t>(index % parts * placed.unit_columns);
-    float *group_values = nullptr;
-    int32_t *parts_left = nullptr;
-    if (placed.parts_left != nullptr) {
-      const int64_t groups = divide_up(shard.columns(), group_columns);
-      const int64_t group = column / group_columns;
-      parts_left = placed.parts_left + which * groups + group;
-      group_values = placed.group_values + (groups * expert.first + group * expert.rows) * group_columns;
-    }
-    const Rows input = expert.rows == 1 ? rows_from(batch.by_token, shard.gate_up,
-                                                    batch.route.tokens[static_cast<size_t>(expert.first)])
-                                        : rows_from(batch.by_row, shard.gate_up, expert.first);
-    LoraProduct lora{};
-    GateUpTraining training{};
-    if (batch.training != nullptr) {
-      const TrainingBatch &extra = *batch.training;
-      const TrainingBatch::Shard &part = extra.shards[static_cast<size_t>(s)];
-      if (extra.lora) {
-        lora = {&extra.gate_up_rank,
-                extra.gate_up_input + int64_t{expert.first} * extra.gate_up_rank.steps * kStepBytes,
-                part.gate_up_tiles + which * part.gate_up_tile_bytes};
-        training.lora = &lora;
-      }
-      training.saved_columns = shard.columns();
-      training.saved_stride = int64_t{2} * shard.columns();
-      if (part.saved != nullptr) training.saved = part.saved + expert.first * training.saved_stride;
-      if (part.z != nullptr) {
-        training.z_gemm = &part.z_gemm;
-        training.z = part.z + int64_t{expert.first} * part.z_gemm.steps * kStepBytes;
-      }
-    }
-    const GateUpArgs args = {&shard.gate_up,
-                             &shard.down,
-                             weights_of(store_, s, expert.id, KTK_PART_GATE_UP_WEIGHT),
-                             store_.bias(s, expert.id, KTK_PART_GATE_BIAS),
-                             store_.bias(s, expert.id, KTK_PART_UP_BIAS),
-                             input,
-                             rows_from(placed.intermediate, shard.down, expert.first),
-                             expert.rows,
-                             column,
-                             std::min(column + placed.unit_columns, shard.columns()),
-                             group_values,
-                             parts_left,
-                             config_.swiglu_limit,
-                             config_.swiglu_alpha,
-                             config_.strict,
-                             placed.scratch + worker * placed.scratch_floats,
-                             batch.training != nullptr ? &training : nullptr};
-    kernels_.gate_up(&args);
-  };
+  const auto unit = [&](int s, int worker, int64_t index) { gate_up_unit(batch, s, worker, index); };
   // With many rows an expert the workers share them while they are in a cache; with few, all read weights.
   const SpanLabel label{Stage::gate_up, config_.layer_index};
   if (many_rows(batch.route)) {
@@ -344,6 +293,64 @@ void Moe::gate_up(Batch &batch) const {
   }
 }
 
+// Unit `index` of a shard: some columns of the intermediate of one expert, all of its rows.
+void Moe::gate_up_unit(const Batch &batch, int s, int worker, int64_t index) const {
+  const int64_t group_columns = store_.group_columns();
+  const ExpertStore::Shard &shard = store_.shard(s);
+  const Batch::Shard &placed = batch.shards[static_cast<size_t>(s)];
+  const int64_t parts = divide_up(shard.columns(), placed.unit_columns);
+  const int64_t which = index / parts;
+  const Route::Expert &expert = batch.route.experts[static_cast<size_t>(which)];
+  const auto column = static_cast<int32_t>(index % parts * placed.unit_columns);
+  float *group_values = nullptr;
+  int32_t *parts_left = nullptr;
+  if (placed.parts_left != nullptr) {
+    const int64_t groups = divide_up(shard.columns(), group_columns);
+    const int64_t group = column / group_columns;
+    parts_left = placed.parts_left + which * groups + group;
+    group_values = placed.group_values + (groups * expert.first + group * expert.rows) * group_columns;
+  }
+  const Rows input = expert.rows == 1 ? rows_from(batch.by_token, shard.gate_up,
+                                                  batch.route.tokens[static_cast<size_t>(expert.first)])
+                                      : rows_from(batch.by_row, shard.gate_up, expert.first);
+  LoraProduct lora{};
+  GateUpTraining training{};
+  if (batch.training != nullptr) {
+    const TrainingBatch &extra = *batch.training;
+    const TrainingBatch::Shard &part = extra.shards[static_cast<size_t>(s)];
+    if (extra.lora) {
+      lora = {&extra.gate_up_rank, extra.gate_up_input + expert.first * extra.gate_up_rank.row_bytes,
+              part.gate_up_tiles + which * part.gate_up_tile_bytes};
+      training.lora = &lora;
+    }
+    training.saved_columns = shard.columns();
+    training.saved_stride = int64_t{2} * shard.columns();
+    if (part.saved != nullptr) training.saved = part.saved + expert.first * training.saved_stride;
+    if (part.z != nullptr) {
+      training.z_gemm = &part.z_gemm;
+      training.z = part.z + expert.first * part.z_gemm.row_bytes;
+    }
+  }
+  const GateUpArgs args = {&shard.gate_up,
+                           &shard.down,
+                           weights_of(store_, s, expert.id, KTK_PART_GATE_UP_WEIGHT),
+                           store_.bias(s, expert.id, KTK_PART_GATE_BIAS),
+                           store_.bias(s, expert.id, KTK_PART_UP_BIAS),
+                           input,
+                           rows_from(placed.intermediate, shard.down, expert.first),
+                           expert.rows,
+                           column,
+                           std::min(column + placed.unit_columns, shard.columns()),
+                           group_values,
+                           parts_left,
+                           config_.swiglu_limit,
+                           config_.swiglu_alpha,
+                           config_.strict,
+                           placed.scratch + worker * placed.scratch_floats,
+                           batch.training != nullptr ? &training : nullptr};
+  kernels_.gate_up(&args);
+}
+
 // An expert's part in one run of columns, all of its rows; scratch and sums are left to the caller.
 DownArgs Moe::down_args(const Batch &batch, int s, const Route::Expert &expert, int64_t first_panel,
                         int64_t last_panel, LoraProduct &lora) const {
@@ -351,7 +358,7 @@ DownArgs Moe::down_args(const Batch &batch, int s, const Route::Expert &expert, 
   const bool adapted = batch.training != nullptr && batch.training->lora && s == 0;
   if (adapted) {
     const TrainingBatch &extra = *batch.training;
-    lora = {&extra.down_rank, extra.down_input + int64_t{expert.first} * extra.down_rank.steps * kStepBytes,
+    lora = {&extra.down_rank, extra.down_input + expert.first * extra.down_rank.row_bytes,
             extra.down_tiles + (&expert - batch.route.experts.data()) * extra.down_tile_bytes};
   }
   DownArgs args = {};
@@ -419,54 +426,55 @@ void Moe::down(Batch &batch) const {
   run_section(context_->pool, {Stage::down, config_.layer_index}, units.data(), unit);
 }
 
-// A unit is a run of columns for some rows of one expert. Its product needs nothing of other units; then it
-// waits for its turn among those of the same columns, so that a token's sums are made in the order of the
-// experts.
-void Moe::down_by_turns(Batch &batch) const {
-  struct Piece {
-    const Route::Expert *expert;
-    int32_t first_row, last_row;
-  };
-  const int64_t panels = divide_up(config_.hidden_size, kPanelColumns);
-  const int64_t runs = divide_up(panels, batch.down_panels);
+Moe::DownTurns::DownTurns(const Moe &moe, const Batch &batch)
+    : panels(divide_up(moe.config_.hidden_size, kPanelColumns)), runs(divide_up(panels, batch.down_panels)) {
   const auto most_rows =
       static_cast<int32_t>(std::min<int64_t>(kPassRows, kSumFloats / (batch.down_panels * kPanelColumns)));
-  std::vector<Piece> pieces;
   for (const Route::Expert &expert : batch.route.experts) {
+    first_piece.push_back(static_cast<int64_t>(pieces.size()));
     const int32_t passes = divide_up(expert.rows, most_rows);
     const auto rows = static_cast<int32_t>(align_up(divide_up(expert.rows, passes), kBlockRows));
     for (int32_t row = 0; row < expert.rows; row += rows)
       pieces.push_back({&expert, row, std::min(row + rows, expert.rows)});
   }
+  first_piece.push_back(static_cast<int64_t>(pieces.size()));
+  for (int s = 0; s < moe.store_.shard_count(); s++) turns.emplace_back(runs);
+}
+
+// A unit is a run of columns for some rows of one expert. Its product needs nothing of other units; then it
+// waits for its turn among those of the same columns, so that a token's sums are made in the order of the
+// experts.
+void Moe::down_unit(const Batch &batch, DownTurns &by, int s, int worker, int64_t index) const {
+  const Batch::Shard &placed = batch.shards[static_cast<size_t>(s)];
+  const DownTurns::Piece &piece = by.pieces[static_cast<size_t>(index / by.runs)];
+  const int64_t first = index % by.runs * batch.down_panels;
+  const Turns::Turn turn = {&by.turns[static_cast<size_t>(s)], index % by.runs,
+                            static_cast<uint32_t>(index / by.runs)};
+  LoraProduct lora{};
+  DownArgs args =
+      down_args(batch, s, *piece.expert, first, std::min(first + batch.down_panels, by.panels), lora);
+  args.first_row = piece.first_row;
+  args.last_row = piece.last_row;
+  args.scratch = placed.scratch + worker * placed.scratch_floats;
+  args.sum = placed.partial + first * kPanelColumns;
+  args.sum_stride = by.panels * kPanelColumns;
+  args.await_turn = Turns::await;
+  args.turn = &turn;
+  kernels_.down(&args);
+  Turns::done(turn);
+}
+
+void Moe::down_by_turns(Batch &batch) const {
+  DownTurns by(*this, batch);
   const SpanLabel label{Stage::down, config_.layer_index};
   std::vector<int64_t> units;
-  std::vector<Turns> turns;
   std::vector<float *> sums;
   for (int s = 0; s < store_.shard_count(); s++) {
-    units.push_back(store_.shard(s).empty() ? 0 : static_cast<int64_t>(pieces.size()) * runs);
-    turns.emplace_back(runs);
+    units.push_back(store_.shard(s).empty() ? 0 : static_cast<int64_t>(by.pieces.size()) * by.runs);
     sums.push_back(batch.shards[static_cast<size_t>(s)].partial);
   }
-  run_zeroing(context_->pool, label, sums, batch.tokens, panels * kPanelColumns);
-  const auto unit = [&](int s, int worker, int64_t index) {
-    const Batch::Shard &placed = batch.shards[static_cast<size_t>(s)];
-    const Piece &piece = pieces[static_cast<size_t>(index / runs)];
-    const int64_t first = index % runs * batch.down_panels;
-    const Turns::Turn turn = {&turns[static_cast<size_t>(s)], index % runs,
-                              static_cast<uint32_t>(index / runs)};
-    LoraProduct lora{};
-    DownArgs args =
-        down_args(batch, s, *piece.expert, first, std::min(first + batch.down_panels, panels), lora);
-    args.first_row = piece.first_row;
-    args.last_row = piece.last_row;
-    args.scratch = placed.scratch + worker * placed.scratch_floats;
-    args.sum = placed.partial + first * kPanelColumns;
-    args.sum_stride = panels * kPanelColumns;
-    args.await_turn = Turns::await;
-    args.turn = &turn;
-    kernels_.down(&args);
-    Turns::done(turn);
-  };
+  run_zeroing(context_->pool, label, sums, batch.tokens, by.panels * kPanelColumns);
+  const auto unit = [&](int s, int worker, int64_t index) { down_unit(batch, by, s, worker, index); };
   run_in_order(context_->pool, label, units.data(), unit);
 }
 

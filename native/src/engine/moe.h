@@ -7,6 +7,9 @@
 //   down       per run of output columns: all experts, weighted and summed in fp32, rounded once; where rows
 //              fill tiles, per (expert, run of output columns), by turns
 //
+// Where rows fill tiles, gather, gate/up and down are one section of units that wait for what they need
+// (engine/overlap.cpp).
+//
 // With several shards each computes a partial sum over its columns of the intermediate, and a last section
 // adds the parts in the order of the shards.
 #pragma once
@@ -42,6 +45,7 @@ class Moe {
  private:
   friend class Training;
   struct Batch;
+  struct DownTurns;
   void require_loaded(const Route &route) const;
   void prepare(Batch &batch) const;
   static bool many_rows(const Route &route);
@@ -50,11 +54,15 @@ class Moe {
   void place(Batch &batch, bool measuring) const;
   void quantise(Batch &batch) const;
   void gather(Batch &batch) const;
+  void gather_block(const Batch &batch, const Route::Expert &expert, int32_t row) const;
   void gate_up(Batch &batch) const;
+  void gate_up_unit(const Batch &batch, int s, int worker, int64_t index) const;
   DownArgs down_args(const Batch &batch, int s, const Route::Expert &expert, int64_t first_panel,
                      int64_t last_panel, LoraProduct &lora) const;
   void down(Batch &batch) const;
   void down_by_turns(Batch &batch) const;
+  void down_unit(const Batch &batch, DownTurns &by, int s, int worker, int64_t index) const;
+  void overlapped(Batch &batch) const;
   void merge(Batch &batch) const;
 
   ktk_moe_config config_;

@@ -49,7 +49,7 @@ void Training::gather_grad(Run &run) const {
                                nullptr,
                                row_scales(moe_.store(), moe_.kernels_, 0, expert.id, KTK_PART_DOWN_SCALE,
                                           moe_.store().shard(0).down),
-                               run.grad_rows + int64_t{expert.first} * run.hidden.steps * kStepBytes};
+                               run.grad_rows + expert.first * run.hidden.row_bytes};
     kernels.load_rows(&load);
     const float *bias = moe_.store().bias(0, expert.id, KTK_PART_DOWN_BIAS);
     for (int32_t row = chunk.first; row < chunk.first + chunk.rows; row++) {
@@ -98,7 +98,7 @@ void Training::grad_down(Run &run) const {
     const float *scale =
         row_scales(moe_.store(), moe_.kernels_, s, expert.id, KTK_PART_GATE_UP_SCALE, shard.gate_up);
     const int64_t stride = run.unit_columns;
-    const int64_t gate_up_row = int64_t{part.gate_up_gemm.steps} * kStepBytes;
+    const int64_t gate_up_row = part.gate_up_gemm.row_bytes;
     // Products with stored weights are of rotated columns, those with adapters are not.
     const bool apart = run.dropout || config.rotated != 0;
     LoraProduct lora{};
@@ -108,12 +108,12 @@ void Training::grad_down(Run &run) const {
       tiles_of_columns({down_a(expert.id, shard.range.first + column, columns), {}, 0, 0},
                        {worker.lora_tiles, rank.steps * kTileBytes, kTileBytes, panels, rank.steps});
       lora_tiles = worker.lora_tiles;
-      lora = {&rank, run.grad_down_input + int64_t{expert.first} * rank.steps * kStepBytes, lora_tiles};
+      lora = {&rank, run.grad_down_input + expert.first * rank.row_bytes, lora_tiles};
     }
     for (int32_t first = 0; first < expert.rows; first += kPassRows) {
       const int32_t last = std::min(first + kPassRows, expert.rows);
       const MultiplyArgs multiply = {&run.hidden,
-                                     run.grad_rows + int64_t{expert.first} * run.hidden.steps * kStepBytes,
+                                     run.grad_rows + expert.first * run.hidden.row_bytes,
                                      expert.rows,
                                      first,
                                      last,
@@ -149,7 +149,7 @@ void Training::grad_down(Run &run) const {
                                     0};
         kernels.add_dropped(&add);
       }
-      const int64_t z_row = int64_t{part.z_gemm.steps} * kStepBytes;
+      const int64_t z_row = part.z_gemm.row_bytes;
       const ActivationBackwardArgs activation = {
           expert.rows,
           first,
@@ -217,14 +217,12 @@ void Training::add_grad_gate_up(Run &run, int s, int index, int32_t e, int32_t c
     AdapterPair a = gate_up_a(expert.id, column, columns);
     a.second_depth = run.even_rank;
     tiles_of_columns(a, {worker.lora_tiles, rank.steps * kTileBytes, kTileBytes, panels, rank.steps});
-    lora = {&rank, run.grad_gate_up_input[0] + int64_t{expert.first} * rank.steps * kStepBytes,
-            worker.lora_tiles};
+    lora = {&rank, run.grad_gate_up_input[0] + expert.first * rank.row_bytes, worker.lora_tiles};
   }
   DownArgs down = {};
   down.gemm = &part.gate_up_gemm;
   down.weights = {worker.tiles, nullptr, nullptr};
-  down.input = {part.gate_up + int64_t{expert.first} * part.gate_up_gemm.steps * kStepBytes, nullptr,
-                nullptr};
+  down.input = {part.gate_up + expert.first * part.gate_up_gemm.row_bytes, nullptr, nullptr};
   down.tokens = run.route.tokens.data() + expert.first;
   down.expert_weights = run.ones + expert.first;
   down.rows = expert.rows;
@@ -242,7 +240,7 @@ void Training::add_grad_gate_up(Run &run, int s, int index, int32_t e, int32_t c
   if (!adapted || !apart) return;
   for (const Projection projection : {kGate, kUp}) {
     if (projection == kUp && !run.dropout) break;  // the input of gate holds both
-    uint8_t *rows = run.grad_gate_up_input[projection] + int64_t{expert.first} * rank.steps * kStepBytes;
+    uint8_t *rows = run.grad_gate_up_input[projection] + expert.first * rank.row_bytes;
     for (int32_t first = 0; first < expert.rows; first += kPassRows) {
       const int32_t last = std::min(first + kPassRows, expert.rows);
       const MultiplyArgs multiply = {&rank,   rows, expert.rows,   first,      last,  lora.tiles,     panels,

@@ -165,8 +165,7 @@ void Training::grad_adapters(Run &run) const {
     const Route::Expert &expert = run.expert(static_cast<int32_t>(e));
     if (projection == kDown) {
       if (args.down_a == nullptr) return;
-      Source source =
-          operand(part.z + int64_t{expert.first} * part.z_gemm.steps * kStepBytes, part.z_gemm, expert.rows);
+      Source source = operand(part.z + expert.first * part.z_gemm.row_bytes, part.z_gemm, expert.rows);
       source.dropout_rows = run.route.tokens.data() + expert.first;
       source.dropout = run.dropped(share, expert.id, kDown);
       source.dropout_column = shard.range.first;
@@ -181,8 +180,8 @@ void Training::grad_adapters(Run &run) const {
     void *target = projection == kGate ? args.gate_b : args.up_b;
     if (target == nullptr) return;
     const uint8_t *grads = part.plain != nullptr ? part.plain : part.gate_up;
-    const Source source = operand(grads + int64_t{expert.first} * part.gate_up_gemm.steps * kStepBytes,
-                                  part.gate_up_gemm, expert.rows);
+    const Source source =
+        operand(grads + expert.first * part.gate_up_gemm.row_bytes, part.gate_up_gemm, expert.rows);
     const Run::Factor &factor = run.factors[projection == kGate ? Run::kGateMiddle : Run::kUpMiddle];
     run.sum_gradient(moe_.backend(), worker, e, factor.operand, run.even_rank, 0, run.even_rank, columns,
                      [&](int32_t first, int32_t rows, int32_t steps) {
@@ -229,8 +228,7 @@ void Training::grad_base(Run &run) const {
     uint8_t *to = factor_of(part, shard, which) + run.block_offset(block) * shard.columns() * kStepBytes;
     const Gemm &source_gemm = which == 2 ? part.z_gemm : part.gate_up_gemm;
     const uint8_t *values = which == 2 ? part.z : part.gate_up;
-    const Source source =
-        operand(values + int64_t{expert.first} * source_gemm.steps * kStepBytes, source_gemm, expert.rows);
+    const Source source = operand(values + expert.first * source_gemm.row_bytes, source_gemm, expert.rows);
     // Pieces of 32 columns lie together in the operands; each is a whole number of blocks of 16 rows here.
     for (auto c = static_cast<int32_t>(column); c < last; c += 32) {
       const TransposeRowsArgs rows = {source,

@@ -216,7 +216,7 @@ void Training::adapter_middle(Run &run) const {
     const Route::Expert &expert = run.expert(chunk.expert);
     const Run::Shard &part = run.shards[static_cast<size_t>(s)];
     const Run::Worker worker = run.worker(s, index);
-    const int64_t z_bytes = int64_t{part.z_gemm.steps} * kStepBytes;
+    const int64_t z_bytes = part.z_gemm.row_bytes;
     uint8_t *z = backward ? part.z : run.extra.shards[static_cast<size_t>(s)].z;
     if (z == nullptr) z = run.batch.shards[static_cast<size_t>(s)].intermediate.data;
     z += expert.first * z_bytes;
@@ -285,7 +285,7 @@ void Training::grad_adapter_input(Run &run) const {
     const Run::Chunk chunk = run.chunks[static_cast<size_t>(which)];
     const Route::Expert &expert = run.expert(chunk.expert);
     const Run::Worker worker = run.worker(s, index);
-    uint8_t *rows = run.grad_rows + int64_t{expert.first} * run.hidden.steps * kStepBytes;
+    uint8_t *rows = run.grad_rows + expert.first * run.hidden.row_bytes;
     int32_t count = expert.rows, first = chunk.first;
     if (scaled) {
       Source source = matrix(run.args->grad_output, run.args->grad_output_dtype, hidden, hidden);
@@ -333,7 +333,7 @@ void Training::grad_adapter_middle(Run &run) const {
     const Run::Chunk chunk = run.chunks[static_cast<size_t>(which)];
     const Route::Expert &expert = run.expert(chunk.expert);
     const Run::Shard &part = run.shards[static_cast<size_t>(s)];
-    const int64_t row_bytes = int64_t{part.gate_up_gemm.steps} * kStepBytes;
+    const int64_t row_bytes = part.gate_up_gemm.row_bytes;
     uint8_t *rows = part.plain != nullptr ? part.plain : part.gate_up;
     const MultiplyArgs multiply = {&part.gate_up_gemm,
                                    rows + expert.first * row_bytes,

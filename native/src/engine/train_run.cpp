@@ -62,7 +62,7 @@ void Training::Run::load_middle(const TrainKernels &kernels, const Chunk &chunk,
                              scale,
                              nullptr,
                              column_scale,
-                             operand + int64_t{owner.first} * gemm.steps * kStepBytes};
+                             operand + owner.first * gemm.row_bytes};
   kernels.load_rows(&load);
 }
 
@@ -78,7 +78,9 @@ void Training::start(Run &run) const {
   const ExpertStore &store = moe_.store();
   const ktk_moe_config &config = moe_.config();
   const FormatKernels &bf16 = moe_.backend().formats[KTK_FORMAT_BF16];
-  const auto gemm = [&](int64_t depth) { return make_gemm(bf16, static_cast<int32_t>(depth), 0, 0); };
+  const auto gemm = [&](int64_t depth) {
+    return with_rows_apart(make_gemm(bf16, static_cast<int32_t>(depth), 0, 0));
+  };
   run.tokens = run.state.tokens;
   run.rows = static_cast<int64_t>(run.route.tokens.size());
   run.adapted = adapted();
@@ -111,7 +113,7 @@ void Training::start(Run &run) const {
   run.shards.resize(count);
   run.extra.shards.resize(count);
   const int64_t hidden_steps = run.hidden.steps;
-  int64_t z_steps = 0, gate_up_steps = 0;
+  int64_t z_row_bytes = 0, gate_up_steps = 0;
   for (size_t s = 0; s < count; s++) {
     const ExpertStore::Shard &shard = store.shard(static_cast<int>(s));
     if (shard.empty()) continue;
@@ -120,10 +122,10 @@ void Training::start(Run &run) const {
     part.gate_up_gemm = gemm(int64_t{part.z_gemm.steps} * 64);
     part.units = divide_up(shard.columns(), run.unit_columns);
     run.extra.shards[s].z_gemm = part.z_gemm;
-    z_steps = std::max<int64_t>(z_steps, part.z_gemm.steps);
+    z_row_bytes = std::max(z_row_bytes, part.z_gemm.row_bytes);
     gate_up_steps = std::max<int64_t>(gate_up_steps, part.gate_up_gemm.steps);
   }
-  run.operand_bytes = kChunkRows * std::max(hidden_steps, z_steps) * kStepBytes;
+  run.operand_bytes = kChunkRows * std::max(run.hidden.row_bytes, z_row_bytes);
   const int64_t middle = kChunkRows * run.stacked_stride();
   if (run.args == nullptr) {
     run.out_floats = run.dropout ? middle : 0;
@@ -157,7 +159,7 @@ void Training::place(Run &run, bool measuring) const {
       backward && (run.args->gate != nullptr || run.args->up != nullptr || run.args->down != nullptr);
   const int64_t hidden_panels = divide_up(config.hidden_size, kPanelColumns);
   const auto operand_of = [rows](Arena &arena, const Gemm &gemm) {
-    return arena.place<uint8_t>(rows * gemm.steps * kStepBytes);
+    return arena.place<uint8_t>(rows * gemm.row_bytes);
   };
   const auto tiles_of = [experts](Arena &arena, int64_t bytes) {
     return arena.place<uint8_t>(experts * bytes);

@@ -1,4 +1,6 @@
-// Workers that add to the same sums, one after the other in a given order.
+// Workers that wait for one another within a section: to add to the same sums in a given order, or for what
+// other units make. Whoever waits relies on units before its own, which run or are done: the units are
+// started in that order (run_in_order).
 #pragma once
 
 #include <atomic>
@@ -9,8 +11,28 @@
 
 namespace ktk {
 
-// A line of turns for each run of columns. Whoever waits for turn n relies on turns below n having been taken
-// by threads that run: units that take turns are started in that order (run_in_order).
+template <typename Ready>
+void await_others(Ready ready) {
+  constexpr int64_t kSpinNs = 50000;
+  Contention contention;
+  while (!spin_until(ready, kSpinNs, contention)) sched_yield();
+}
+
+// Units that others wait for.
+class Countdown {
+ public:
+  // Before the section.
+  void expect(int64_t units) { left_.store(units, std::memory_order_relaxed); }
+  void done() { left_.fetch_sub(1, std::memory_order_acq_rel); }
+  void await() const {
+    await_others([&] { return left_.load(std::memory_order_acquire) == 0; });
+  }
+
+ private:
+  std::atomic<int64_t> left_{0};
+};
+
+// A line of turns for each run of columns.
 class Turns {
  public:
   explicit Turns(int64_t lines) : lines_(static_cast<size_t>(lines)) {}
@@ -24,11 +46,7 @@ class Turns {
   static void await(const void *turn) {
     const Turn &own = *static_cast<const Turn *>(turn);
     const std::atomic<uint32_t> &next = own.turns->next(own.line);
-    constexpr int64_t kSpinNs = 50000;
-    Contention contention;
-    while (
-        !spin_until([&] { return next.load(std::memory_order_acquire) == own.number; }, kSpinNs, contention))
-      sched_yield();
+    await_others([&] { return next.load(std::memory_order_acquire) == own.number; });
   }
   static void done(const Turn &turn) {
     turn.turns->next(turn.line).store(turn.number + 1, std::memory_order_release);

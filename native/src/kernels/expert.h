@@ -22,10 +22,9 @@ KTK_INLINE bool uses_tiles(int32_t rows, int32_t strict) {
 template <class Ops, class Format>
 KTK_INLINE int pass_rows(const Gemm &gemm, bool matrix_units, int tiles, int rows) {
   if (matrix_units) {
-    constexpr int kPanelRows = kTileBlocks * kBlockRows;
-    const int most = least(kSumFloats / (tiles * kPanelColumns) / kPanelRows * kPanelRows, kPassRows);
+    const int most = least(kSumFloats / (tiles * kPanelColumns) / kBlockRows * kBlockRows, kPassRows);
     const int passes = (rows + most - 1) / most;
-    return (rows + passes * kPanelRows - 1) / (passes * kPanelRows) * kPanelRows;
+    return (rows + passes * kBlockRows - 1) / (passes * kBlockRows) * kBlockRows;
   }
   int bytes = 1 << 20;
   if constexpr (!Format::kInteger && Ops::kExpandedRows > 0) bytes = Ops::kExpandedBytes;

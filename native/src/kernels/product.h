@@ -12,10 +12,9 @@
 
 constexpr int kGroupRows = 2 * kBlockRows;  // rows that one call of the vector kernels is given
 
-// Matrix units: a panel of rows in one block of K is up to 2 tiles by 8 steps, 16 KiB, and a pass takes as
-// many rows as keep their sums in half a MiB of the second-level cache. Measured on Emerald Rapids:
+// Matrix units: two columns of tiles of weights in one block of K are up to 8 steps, 16 KiB, and a pass takes
+// as many rows as keep their sums in half a MiB of the second-level cache. Measured on Emerald Rapids:
 // docs/benchmarks/log.md.
-constexpr int kTileBlocks = 2;
 constexpr int kTileBlockSteps = 8;
 
 // Panels side by side, and the rows they meet. Tiles come in pairs: gate and up of the same neurons, or

@@ -210,18 +210,17 @@ KTK_INLINE RowAddress row_address(uint8_t *data, const Gemm &gemm, int rows, int
   const int block = index / kBlockRows;
   const int left = rows - block * kBlockRows;
   const int block_rows = left < kBlockRows ? left : kBlockRows;
-  uint8_t *start = data + (int64_t)block * kBlockRows * gemm.steps * kStepBytes;
+  uint8_t *start = data + (int64_t)block * kBlockRows * gemm.row_bytes;
   return {start + (index % kBlockRows) * kStepBytes, (int64_t)block_rows * kStepBytes};
 }
 
 template <class Ops, class Format>
 static void quantise_rows(const QuantiseArgs *args) {
   const Gemm &gemm = *args->gemm;
-  const int64_t row_bytes = (int64_t)gemm.steps * kStepBytes;
   const int64_t value_bytes = args->dtype == KTK_DTYPE_F32 ? 4 : 2;
   for (int64_t t = args->first; t < args->last; t++) {
     const void *values = (const uint8_t *)args->input + t * gemm.depth * value_bytes;
-    uint8_t *row = args->rows.data + t * row_bytes;
+    uint8_t *row = args->rows.data + t * gemm.row_bytes;
     if constexpr (Format::kInteger) {
       const int64_t columns = sum_columns<Format>(gemm);
       const int64_t group_columns =
@@ -244,7 +243,7 @@ static void gather_block(const GatherArgs *args) {
   const Gemm &gemm = *args->gemm;
   for (int r = 0; r < args->count; r++) {
     const int64_t token = args->tokens[r];
-    const uint8_t *from = args->from.data + token * gemm.steps * kStepBytes;
+    const uint8_t *from = args->from.data + token * gemm.row_bytes;
     uint8_t *to = args->to.data + r * kStepBytes;
     for (int s = 0; s < gemm.steps; s++) {
       Ops::store_i(to + (int64_t)s * args->count * kStepBytes, Ops::load_i(from + (int64_t)s * kStepBytes));

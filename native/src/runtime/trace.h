@@ -51,6 +51,8 @@ const char *stage_name(Stage stage) noexcept;
 struct SpanLabel {
   Stage stage = Stage::section;
   int32_t layer = -1;  // -1: of no layer
+  // Whether a section has this label, or its units have labels of their own (UnitSpan).
+  enum class Of : uint8_t { section, units } of = Of::section;
 };
 
 // Whose time a span is: a worker's, or with kOwnLane the calling thread's, beside the pool's workers.

@@ -362,6 +362,8 @@ void WorkerPool::run(const int64_t *unit_counts, UnitFn fn, void *context, const
   if (limit != applied_limit_) apply_limit(limit);
   if (active_threads_ == 1 ||
       (unit_counts[0] == total && (total == 1 || subpools_[0].active.load(std::memory_order_relaxed) == 1))) {
+    ++section_;
+    if (label.of == SpanLabel::Of::units) return run_serially(unit_counts, fn, context, 0, 0);
     const SpanScope span(submitter_lane(), label, total);
     run_serially(unit_counts, fn, context, 0, 0);
     return;
@@ -426,7 +428,7 @@ void WorkerPool::run_own(int subpool_index, int worker) noexcept {
   }
   if (finished == 0) return;
   // Before the units are retired: until then the section is open, and whoever waits for it finds them.
-  if (traced != 0)
+  if (traced != 0 && slot.label.of == SpanLabel::Of::section)
     record_span(traced, lane(subpool_index, worker), slot.label, slot.section.load(std::memory_order_relaxed),
                 began, static_cast<int64_t>(finished));
   retire(slot, finished);
@@ -450,7 +452,7 @@ void WorkerPool::run_others(int subpool_index, int worker, uint32_t seen) noexce
     const uint32_t units = range_end(stolen) - range_begin(stolen);
     for (uint32_t unit = range_begin(stolen); unit < range_end(stolen); ++unit)
       slot.fn(slot.context, subpool_index, worker, unit);
-    if (traced != 0)
+    if (traced != 0 && slot.label.of == SpanLabel::Of::section)
       record_span(traced, lane(subpool_index, worker), slot.label,
                   slot.section.load(std::memory_order_relaxed), began, units);
     retire(slot, units);

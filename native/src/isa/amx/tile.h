@@ -29,8 +29,12 @@ struct alignas(64) TileConfig {
 #define KTK_TILE_RELEASE(file) _tile_release()
 #define KTK_TILE_ZERO(file, number) _tile_zero(number)
 #define KTK_TILE_LOAD(file, number, address, stride_bytes) _tile_loadd(number, address, stride_bytes)
+// Of a tile that is not needed again soon: the first-level cache keeps what it has.
+#define KTK_TILE_LOAD_ONCE(file, number, address, stride_bytes) \
+  _tile_stream_loadd(number, address, stride_bytes)
 #define KTK_TILE_STORE(file, number, address, stride_bytes) \
   do {                                                      \
+    KTK_TILE_FENCE();                                       \
     _tile_stored(number, address, stride_bytes);            \
     KTK_TILE_FENCE();                                       \
   } while (0)

@@ -93,6 +93,7 @@ struct TileFile {
 #define KTK_TILE_RELEASE(file) ((void)(file))
 #define KTK_TILE_ZERO(file, number) (file).zero(number)
 #define KTK_TILE_LOAD(file, number, address, stride_bytes) (file).load(number, address, stride_bytes)
+#define KTK_TILE_LOAD_ONCE KTK_TILE_LOAD
 #define KTK_TILE_STORE(file, number, address, stride_bytes) (file).store(number, address, stride_bytes)
 #define KTK_TILE_DOT_S8U8(file, sum, a, b) (file).dot_s8u8(sum, a, b)
 #define KTK_TILE_DOT_BF16(file, sum, a, b) (file).dot_bf16(sum, a, b)
