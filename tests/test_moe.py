@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ktk import _native
 from ktk.errors import KtkArgumentError, KtkStateError
 from layers import (
     FORMATS,
@@ -153,7 +154,15 @@ def test_sizes_past_the_blocks_inside_kernels(form: Format, isa: str) -> None:
     rng = np.random.default_rng(45)
     options = Options(isa=isa, max_tokens=1100)
     with pool_of(2) as pool:
-        for hidden, intermediate, rows in ((1110, 150, 19), (150, 1110, 19), (33, 20, 513), (17, 18, 1045)):
+        for hidden, intermediate, rows in (
+            (1110, 150, 19),
+            (150, 1110, 19),
+            (33, 20, 513),
+            (17, 18, 1045),
+            # Whole powers of two of steps, whose rows lie apart.
+            (2048, 30, 35),
+            (30, 2048, 35),
+        ):
             experts = [make_weights(rng, hidden, intermediate)]
             x = make_input(rng, rows, hidden, BF16)
             ids, weights = np.zeros((rows, 1), np.int64), rng.random((rows, 1)).astype(np.float32)
@@ -188,6 +197,44 @@ def test_batches_of_several_hundred(form: Format) -> None:
             ids, weights = make_routing(rng, "mixed", batch, 5, 3)
             actual = layer.forward(x, ids, weights, BF16)
             check_against_reference(actual, Layer(experts, form), x, ids, weights)
+
+
+@pytest.mark.parametrize("form", [FORMATS[0], FORMATS[1], FORMATS[3], FORMATS[9]], ids=str)
+def test_experts_of_any_number_of_rows_overlap(form: Format) -> None:
+    """Where rows fill tiles, gather, gate/up and down are one section of units that wait for one another."""
+    isa = "amx_emulated"
+    if isa not in ISAS:
+        pytest.skip("no emulated tiles in this build")
+    rng = np.random.default_rng(47)
+    experts = [make_weights(rng, 40, 270) for _ in range(9)]
+    rows = (1, 16, 1, 17, 2, 70, 15, 33, 1)
+    ids = rng.permutation(np.repeat(np.arange(9), rows))[:, None].astype(np.int64)
+    x, weights = make_input(rng, ids.size, 40, BF16), rng.random((ids.size, 1)).astype(np.float32)
+    reference = Layer(experts, form)
+    for shards in ((1,), (3,), (6,)), ((1, 1), (2, 1)):
+        outputs = []
+        for threads in shards:
+            with pool_of(*threads) as pool, NativeLayer(pool, experts, form, Options(isa=isa)) as layer:
+                outputs += [layer.forward(x, ids, weights) for _ in range(3)]
+        check_against_reference(outputs[0], reference, x, ids, weights, shards=len(shards[0]))
+        assert all(same_bits(output, outputs[0]) for output in outputs)
+
+
+def test_overlapping_units_on_one_thread_of_several_shards() -> None:
+    """Units of one shard never wait for those of another: a thread that runs all of them finishes."""
+    if "amx_emulated" not in ISAS:
+        pytest.skip("no emulated tiles in this build")
+    rng = np.random.default_rng(48)
+    experts = [make_weights(rng, 72, 300) for _ in range(3)]
+    ids, weights = np.arange(96)[:, None] % 3, np.ones((96, 1), np.float32)
+    x = make_input(rng, 96, 72, BF16)
+    with pool_of(1, 1) as pool, NativeLayer(pool, experts, FORMATS[0], Options(isa="amx_emulated")) as layer:
+        expected = layer.forward(x, ids.astype(np.int64), weights)
+        _native.set_num_threads(1)
+        try:
+            assert same_bits(layer.forward(x, ids.astype(np.int64), weights), expected)
+        finally:
+            _native.set_num_threads(0)
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=str)

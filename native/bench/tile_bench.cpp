@@ -115,13 +115,35 @@ TILES void zero_sums() {
   if (kCount > 3) _tile_zero(3);
 }
 
-// Four products of eight registers, `rounds` times.
-TILES void peak_loop(int rounds) {
+// Four products on one sum, `rounds` times: of the loops without loads the fastest, since it leaves the
+// processor most registers to rename. Operands must have been loaded: products of zeroed registers are faster
+// than any others.
+TILES void peak_loop(const uint8_t *operands, int rounds) {
   configure();
+  _tile_zero(0);
+  LOAD(4, operands);
+  LOAD(6, operands + kTile);
   for (int i = 0; i < rounds; ++i) {
     DOT(0, 4, 6);
-    DOT(1, 4, 6);
-    DOT(2, 5, 7);
+    DOT(0, 4, 6);
+    DOT(0, 4, 6);
+    DOT(0, 4, 6);
+  }
+  release();
+}
+
+// Four sums of two tiles of rows and two of weights, in eight registers.
+TILES void four_sums_loop(const uint8_t *operands, int rounds) {
+  configure();
+  zero_sums<4>();
+  LOAD(4, operands);
+  LOAD(5, operands + kTile);
+  LOAD(6, operands);
+  LOAD(7, operands + kTile);
+  for (int i = 0; i < rounds; ++i) {
+    DOT(0, 4, 6);
+    DOT(1, 4, 7);
+    DOT(2, 5, 6);
     DOT(3, 5, 7);
   }
   release();
@@ -255,12 +277,13 @@ const LoopCase kLoops[] = {
 // columns of tiles side by side.
 struct Layer {
   const char *name;
-  int depth, columns, rows, experts;
+  int depth, columns, rows, experts, repeats;
   int steps() const { return depth / 64; }
 };
 
-const Layer kLayers[] = {{"DeepSeek-V3, 1024 rows an expert", 7168, 4096, 1024, 16},
-                         {"Qwen3-30B-A3B, 256 rows an expert", 2048, 1536, 256, 128}};
+const Layer kLayers[] = {{"DeepSeek-V3, 1024 rows an expert", 7168, 4096, 1024, 16, 1},
+                         {"Qwen3-30B-A3B, 256 rows an expert", 2048, 1536, 256, 128, 1},
+                         {"a unit within the second level", 512, 256, 256, 64, 16}};
 
 constexpr int kBlockRows = 256;  // whose sums are kept
 constexpr int kUnitTiles = 16;   // columns of tiles of one unit of work
@@ -442,6 +465,45 @@ TILES void weights_kept(const Layer &layer, const uint8_t *rows, const Weights &
   }
 }
 
+// Two columns of tiles of weights by a block of K are kept and rows stream past, by loads that leave the
+// first level alone: 1 x 2 sums, four registers. Rows must lie block of K by block of K, or their blocks meet
+// in few sets of the second level.
+TILES void columns_kept(const Layer &layer, const uint8_t *rows, const Weights &weights, int tiles,
+                        const Scratch &scratch) {
+  const int steps = layer.steps();
+  for (int first = 0; first < layer.rows; first += kBlockRows) {
+    const int blocks = (std::min(first + kBlockRows, layer.rows) - first) / 16;
+    const uint8_t *pass = rows + int64_t{first} * layer.depth;
+    for (int k = 0; k < steps; k += kBlockSteps) {
+      const int count = std::min(kBlockSteps, steps - k);
+      for (int j = 0; j < tiles; j += 2) {
+        const bool more = j + 2 < tiles;
+        const bool ahead = more || k + count < steps;
+        const uint8_t *next = weights.at(more ? j + 2 : 0, more ? k : k + count);
+        int line = 0;
+        for (int r = 0; r < blocks; ++r) {
+          const uint8_t *a = pass + (int64_t{k} * blocks + int64_t{r} * count) * kTile;
+          float *sums = scratch.sums + (r * tiles + j) * 256;
+          if (k == 0)
+            zero_sums<2>();
+          else
+            load_sums<2>(sums);
+          for (int s = 0; s < count; ++s) {
+            for (int i = 0; ahead && i < 32 / blocks && line < 32 * count; ++i, ++line)
+              _mm_prefetch(reinterpret_cast<const char *>(next + line * 64), _MM_HINT_T1);
+            _tile_stream_loadd(4, a + s * kTile, 64);
+            LOAD(5, weights.at(j, k + s));
+            DOT(0, 4, 5);
+            LOAD(5, weights.at(j + 1, k + s));
+            DOT(1, 4, 5);
+          }
+          store_sums<2>(sums);
+        }
+      }
+    }
+  }
+}
+
 struct ProductCase {
   const char *name;
   int registers;
@@ -450,7 +512,8 @@ struct ProductCase {
 };
 
 const ProductCase kProducts[] = {
-    {"weights kept, rows stream past", 8, false, weights_kept},
+    {"two columns of weights kept, rows by TILELOADDT1", 4, false, columns_kept},
+    {"four tiles of weights kept, rows stream past", 8, false, weights_kept},
     {"4 x 1, rows kept, weights stream past", 6, false, rows_kept<4, 0, false>},
     {"2 x 1, the same", 4, false, rows_kept<2, 0, false>},
     {"4 x 1, sums leave the tiles every 128 columns", 6, false, rows_kept<4, 2, false>},
@@ -491,11 +554,13 @@ struct Measured {
 };
 
 // `once` returns the seconds that `operations` took on all threads.
-Measured measure(Team &team, const Settings &settings, double operations,
+Measured measure(Team &team, const Settings &settings, const NodeBuffer &operands, double operations,
                  const std::function<double()> &once) {
   constexpr int kRounds = 25000;
   const double peak_operations = 4.0 * kRounds * kOperations * team.size();
-  const auto peak = [&] { return team.run([](int) { peak_loop(kRounds); }); };
+  const auto peak = [&] {
+    return team.run([&](int) { peak_loop(reinterpret_cast<const uint8_t *>(operands.data()), kRounds); });
+  };
   Measured result;
   double spent = 0;
   once();
@@ -520,13 +585,24 @@ std::string loops(Team &team, const Settings &settings, int node) {
   // Past the end of a ring its last round reads on.
   const NodeBuffer memory = random_bytes(team, static_cast<size_t>(2 * kRing * team.size()), node);
   std::string rows;
+  {
+    const Measured result = measure(team, settings, memory, 4.0 * kRounds * kOperations * team.size(), [&] {
+      return team.run(
+          [&](int) { four_sums_loop(reinterpret_cast<const uint8_t *>(memory.data()), kRounds); });
+    });
+    Json row;
+    row.string("loop", "products only, four sums").number("registers", 8).number("loads_a_product", 0);
+    rows += "\n  " + result.json(row);
+    std::printf("%-50s 8 registers, no loads: %.0f %%\n", "products only, four sums",
+                100 * median(result.fraction));
+  }
   for (const LoopCase &each : kLoops) {
     Json row;
     row.string("loop", each.name).number("registers", each.registers).number("loads_a_product", each.loads);
     std::printf("%-50s %d registers, %.2f loads a product:", each.name, each.registers, each.loads);
     for (const auto &place : places) {
       const double operations = double{kRounds} * each.products * kOperations * team.size();
-      const Measured result = measure(team, settings, operations, [&] {
+      const Measured result = measure(team, settings, memory, operations, [&] {
         return team.run([&](int t) {
           const auto *own = reinterpret_cast<const uint8_t *>(memory.data()) + 2 * kRing * t;
           each.run({own, own + kRing, place.a_bytes, place.b_bytes}, kRounds);
@@ -559,9 +635,10 @@ std::string products(Team &team, const Settings &settings, int node) {
     std::printf("%s\n", layer.name);
     for (const ProductCase &each : kProducts) {
       const int tiles = layer.columns / 16, groups = (tiles + kUnitTiles - 1) / kUnitTiles;
-      const double operations = 2.0 * layer.depth * layer.columns * layer.rows * layer.experts;
+      const double operations =
+          2.0 * layer.depth * layer.columns * layer.rows * layer.experts * layer.repeats;
       const int64_t tile_bytes = each.int4 ? kTile / 2 : kTile;
-      const Measured result = measure(team, settings, operations, [&] {
+      const Measured result = measure(team, settings, rows, operations, [&] {
         std::atomic<int> next{0};
         return team.run([&](int t) {
           auto *own = reinterpret_cast<uint8_t *>(scratch.data()) + stride * static_cast<size_t>(t);
@@ -573,10 +650,10 @@ std::string products(Team &team, const Settings &settings, int node) {
             const auto *base = reinterpret_cast<const uint8_t *>(weights.data());
             const Weights part = {base + (int64_t{expert} * tiles + column) * layer.steps() * tile_bytes,
                                   tile_bytes, layer.steps()};
-            each.run(
-                layer,
-                reinterpret_cast<const uint8_t *>(rows.data()) + int64_t{expert} * layer.rows * layer.depth,
-                part, std::min(kUnitTiles, tiles - column), mine);
+            const auto *expert_rows =
+                reinterpret_cast<const uint8_t *>(rows.data()) + int64_t{expert} * layer.rows * layer.depth;
+            for (int repeat = 0; repeat < layer.repeats; ++repeat)
+              each.run(layer, expert_rows, part, std::min(kUnitTiles, tiles - column), mine);
           }
           release();
         });

@@ -115,38 +115,51 @@ static void product_loop(const ProductLoopArgs *args) {
 }
 
 #ifdef KTK_ISA_HAS_TILES
-// Products of tiles that stay in their registers: two tiles of rows by two of weights.
-template <class Ops, bool Integer>
+// Products of tiles that stay in their registers. Few: one after the other on one sum, in three registers;
+// else two tiles of rows by two of weights, in eight. Where two hyper-threads share a core, few registers are
+// faster (docs/benchmarks/log.md).
+template <class Ops, bool Integer, bool Few>
 static void tile_loop(const ProductLoopArgs *args) {
   alignas(64) uint8_t result[1024];
   [[maybe_unused]] TileFile file;
   TileConfig config;
   for (int i = 0; i < 8; i++) {
-    config.rows[i] = 16;
-    config.row_bytes[i] = 64;
+    const bool used = !Few || i == 0 || i == 4 || i == 6;
+    config.rows[i] = used ? 16 : 0;
+    config.row_bytes[i] = used ? 64 : 0;
   }
+#define KTK_PROBE_DOT(sum, a, b)          \
+  do {                                    \
+    if constexpr (Integer) {              \
+      KTK_TILE_DOT_S8U8(file, sum, a, b); \
+    } else {                              \
+      KTK_TILE_DOT_BF16(file, sum, a, b); \
+    }                                     \
+  } while (0)
   KTK_TILE_CONFIGURE(file, config);
   KTK_TILE_ZERO(file, 0);
-  KTK_TILE_ZERO(file, 1);
-  KTK_TILE_ZERO(file, 2);
-  KTK_TILE_ZERO(file, 3);
   KTK_TILE_LOAD(file, 4, args->operands + 0, 64);
-  KTK_TILE_LOAD(file, 5, args->operands + 64, 64);
-  KTK_TILE_LOAD(file, 6, args->operands + 0, 64);
-  KTK_TILE_LOAD(file, 7, args->operands + 64, 64);
+  KTK_TILE_LOAD(file, 6, args->operands + 64, 64);
+  if constexpr (!Few) {
+    KTK_TILE_ZERO(file, 1);
+    KTK_TILE_ZERO(file, 2);
+    KTK_TILE_ZERO(file, 3);
+    KTK_TILE_LOAD(file, 5, args->operands + 64, 64);
+    KTK_TILE_LOAD(file, 7, args->operands + 0, 64);
+  }
   for (int64_t i = 0; i < args->repeats; i++) {
-    if constexpr (Integer) {
-      KTK_TILE_DOT_S8U8(file, 0, 4, 6);
-      KTK_TILE_DOT_S8U8(file, 1, 4, 7);
-      KTK_TILE_DOT_S8U8(file, 2, 5, 6);
-      KTK_TILE_DOT_S8U8(file, 3, 5, 7);
+    KTK_PROBE_DOT(0, 4, 6);
+    if constexpr (Few) {
+      KTK_PROBE_DOT(0, 4, 6);
+      KTK_PROBE_DOT(0, 4, 6);
+      KTK_PROBE_DOT(0, 4, 6);
     } else {
-      KTK_TILE_DOT_BF16(file, 0, 4, 6);
-      KTK_TILE_DOT_BF16(file, 1, 4, 7);
-      KTK_TILE_DOT_BF16(file, 2, 5, 6);
-      KTK_TILE_DOT_BF16(file, 3, 5, 7);
+      KTK_PROBE_DOT(1, 4, 7);
+      KTK_PROBE_DOT(2, 5, 6);
+      KTK_PROBE_DOT(3, 5, 7);
     }
   }
+#undef KTK_PROBE_DOT
   KTK_TILE_STORE(file, 0, result, 64);
   KTK_TILE_RELEASE(file);
   __builtin_memcpy(args->result, result, 64);
@@ -165,7 +178,8 @@ constexpr ProductLoops product_loops() {
   int count = 0;
 #ifdef KTK_ISA_HAS_TILES
   constexpr int64_t kTileOperations = 2 * 4 * 16 * 16 * (Format::kInteger ? 64 : 32);
-  loops.loop[count++] = {"tiles", kTileOperations, tile_loop<Ops, Format::kInteger>};
+  loops.loop[count++] = {"tiles, 4 sums", kTileOperations, tile_loop<Ops, Format::kInteger, false>};
+  loops.loop[count++] = {"tiles, 1 sum", kTileOperations, tile_loop<Ops, Format::kInteger, true>};
 #endif
   // With few registers few sums, so that none is spilled; with many, enough to hide the latency.
   if constexpr (Format::kMultiply == Multiply::bf16) {
