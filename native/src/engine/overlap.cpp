@@ -40,21 +40,22 @@ std::vector<Step> order_of(const Route &route, int64_t zeroing, bool gathering, 
   const auto add = [&](Kind kind, int32_t expert, int64_t units) {
     for (int64_t i = 0; i < units; i++) order.push_back({kind, expert, i});
   };
-  add(Kind::zero, 0, zeroing);
   int32_t gathered = gathering ? 0 : experts, finished = 0;
-  for (int64_t unit = 0; unit < experts * columns_units; unit++) {
-    for (; gathered < experts && gathered * columns_units <= unit + ahead; gathered++)
-      add(Kind::gather, gathered, gather_units(route.experts[static_cast<size_t>(gathered)]));
-    order.push_back({Kind::gate_up, static_cast<int32_t>(unit / columns_units), unit % columns_units});
-    for (; finished < experts && (finished + 1) * columns_units + ahead <= unit + 1; finished++) {
+  const auto finish = [&](int64_t units_done) {
+    for (; finished < experts && (finished + 1) * columns_units <= units_done; finished++) {
       const auto e = static_cast<size_t>(finished);
       add(Kind::down, finished, (first_piece[e + 1] - first_piece[e]) * runs);
     }
+  };
+  add(Kind::zero, 0, zeroing);
+  const int64_t units = experts * columns_units;
+  for (int64_t unit = 0; unit < units; unit++) {
+    for (; gathered < experts && gathered * columns_units <= unit + ahead; gathered++)
+      add(Kind::gather, gathered, gather_units(route.experts[static_cast<size_t>(gathered)]));
+    order.push_back({Kind::gate_up, static_cast<int32_t>(unit / columns_units), unit % columns_units});
+    finish(unit + 1 - ahead);
   }
-  for (; finished < experts; finished++) {
-    const auto e = static_cast<size_t>(finished);
-    add(Kind::down, finished, (first_piece[e + 1] - first_piece[e]) * runs);
-  }
+  finish(units);
   return order;
 }
 
