@@ -48,7 +48,7 @@ struct Gemm {
   // Columns of the intermediate that are made together, because they share a scale where there are scales: of
   // the gemm that multiplies with it.
   int32_t row_group_columns;
-  int32_t rotated;  // columns are those of the model times the rotation of docs/numerics.md
+  int32_t rotated;    // columns are those of the model times the rotation of docs/numerics.md
   int64_t row_bytes;  // of activations, from one row to the next
 };
 

@@ -6,9 +6,9 @@
 // loaded 1.5 times for every product.
 //
 // Registers 0 and 1 hold sums, 4 the rows and 5 the weights, one tile of the pair after the other; 2, 3 and 6
-// are used only for a block of fewer than 16 rows, and freed. Where two hyper-threads share a core, registers that
-// hold nothing are what the processor renames the others into, and a loop that loads tiles runs up to twice
-// as fast with 4 registers as with 8 (docs/benchmarks/log.md).
+// are used only for a block of fewer than 16 rows, and freed. Where two hyper-threads share a core, registers
+// that hold nothing are what the processor renames the others into, and a loop that loads tiles runs up to
+// twice as fast with 4 registers as with 8 (docs/benchmarks/log.md).
 #pragma once
 
 #include "kernels/product.h"
