@@ -59,7 +59,6 @@ struct WaitingSums {
 
 struct TileState {
   [[maybe_unused]] TileFile file;
-  uint64_t shape = 0;  // what the registers are configured for
   // Operands of a pair in one block of K, where weights are not stored as such: [tile][step].
   uint8_t (*expanded)[1024] = nullptr;
   alignas(64) int32_t sums[2][2][kSumTileFloats];  // that wait: [segment][tile]
@@ -103,22 +102,15 @@ KTK_INLINE WeightsAhead weights_ahead(const Product &p, int tile, int tiles, con
   return ahead;
 }
 
-// Registers 0 and 1 for sums of whole blocks of rows and 4 for their rows; 2, 3 and 6 for one of fewer; 5 for
-// weights; operands of `depth_bytes` along K.
-KTK_INLINE void shape_tiles(TileState &state, int sums, int last_rows, int depth_bytes) {
-  const uint64_t key = (uint64_t)sums << 32 | (uint64_t)last_rows << 16 | (uint64_t)depth_bytes;
-  if (state.shape == key) return;
-  state.shape = key;
-  [[maybe_unused]] TileFile &file = state.file;
+// Registers 4 for whole blocks of rows and 6 for one of `last_rows`; 0 to 3 for the sums of such rows,
+// `whole` of them of whole blocks; 5 for weights; operands of `depth_bytes` along K.
+KTK_INLINE void shape_tiles([[maybe_unused]] TileFile &file, int whole, int last_rows, int depth_bytes) {
   TileConfig config;
   const auto shape = [&](int number, int rows, int row_bytes) {
     config.rows[number] = (uint8_t)rows;
-    config.row_bytes[number] = (uint16_t)(rows == 0 ? 0 : row_bytes);
+    config.row_bytes[number] = (uint16_t)row_bytes;
   };
-  for (int i = 0; i < 4; i++) {
-    const int rows = sums == 4 || i > 1 ? last_rows : kBlockRows;
-    shape(i, rows, kPanelColumns * 4);
-  }
+  for (int i = 0; i < 4; i++) shape(i, i < whole ? kBlockRows : last_rows, kPanelColumns * 4);
   shape(4, kBlockRows, depth_bytes);
   shape(5, depth_bytes / 4, kPanelColumns * 4);
   shape(6, last_rows, depth_bytes);
@@ -441,7 +433,7 @@ static void tile_product(const Product &p, int tile_count, int first, int last, 
   const int row_blocks = (last - first + kBlockRows - 1) / kBlockRows;
   const int last_rows = last - first - (row_blocks - 1) * kBlockRows;
   if (row_blocks == 1 && gemm.segments == 1 && !Format::kExpands) {
-    shape_tiles(state, 4, last_rows, kStepBytes);
+    shape_tiles(state.file, 0, last_rows, kStepBytes);
     int tile = 0;
     for (; tile + 4 <= tile_count; tile += 4)
       tile_block<Ops, Format, 4>(p, state, tile_count, tile, first, out);
@@ -451,7 +443,7 @@ static void tile_product(const Product &p, int tile_count, int first, int last, 
     KTK_TILE_RELEASE(state.file);
     return;
   }
-  shape_tiles(state, 2, last_rows, kStepBytes / gemm.halves);
+  shape_tiles(state.file, 2, last_rows, kStepBytes / gemm.halves);
   // Blocks of K of about one size, each of whole segments.
   const int blocks_of_k = (gemm.steps + kTileBlockSteps - 1) / kTileBlockSteps;
   int block_steps = (gemm.steps + blocks_of_k - 1) / blocks_of_k;
