@@ -16,7 +16,7 @@ KTK_INLINE bool uses_tiles(int32_t rows, int32_t strict) {
   return kLeast > 0 && (rows >= kLeast || (strict && !Format::kInteger));
 }
 
-// Rows of one pass over `tiles` tiles of weights: on matrix units, passes of equal height in whole panels of
+// Rows of one pass over `tiles` tiles of weights: on matrix units, passes of equal height in whole blocks of
 // rows, whose sums fit the scratch; on vectors, as many rows as take half of a 2 MiB second-level cache, or
 // what kExpandedBytes says.
 template <class Ops, class Format>
