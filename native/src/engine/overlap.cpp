@@ -105,7 +105,7 @@ void Moe::overlapped(Batch &batch) const {
     const auto label = [&](Stage stage) { return SpanLabel{stage, config_.layer_index}; };
     switch (step.kind) {
       case Kind::zero: {
-        const UnitSpan span(pool, s, worker, label(Stage::down));
+        const SpanScope span = pool.unit_span(s, worker, label(Stage::down));
         const int64_t first = step.index * kZeroedTokens;
         const int64_t count = std::min(kZeroedTokens, batch.tokens - first);
         std::memset(batch.shards[static_cast<size_t>(s)].partial + first * padded, 0,
@@ -114,7 +114,7 @@ void Moe::overlapped(Batch &batch) const {
         break;
       }
       case Kind::gather: {
-        const UnitSpan span(pool, s, worker, label(Stage::gather));
+        const SpanScope span = pool.unit_span(s, worker, label(Stage::gather));
         const Route::Expert &expert = route.experts[e];
         const auto first = static_cast<int32_t>(step.index) * kGatheredRows;
         for (int32_t row = first; row < std::min(first + kGatheredRows, expert.rows); row += kBlockRows)
@@ -124,7 +124,7 @@ void Moe::overlapped(Batch &batch) const {
       }
       case Kind::gate_up: {
         of.gathered[e].await();
-        const UnitSpan span(pool, s, worker, label(Stage::gate_up));
+        const SpanScope span = pool.unit_span(s, worker, label(Stage::gate_up));
         gate_up_unit(batch, s, worker, step.expert * of.columns_units + step.index);
         of.activated[e].done();
         break;
@@ -132,7 +132,7 @@ void Moe::overlapped(Batch &batch) const {
       case Kind::down: {
         of.zeroed.await();
         of.activated[e].await();
-        const UnitSpan span(pool, s, worker, label(Stage::down));
+        const SpanScope span = pool.unit_span(s, worker, label(Stage::down));
         down_unit(batch, by, s, worker, by.first_piece[e] * by.runs + step.index);
         break;
       }

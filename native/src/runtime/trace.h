@@ -51,7 +51,7 @@ const char *stage_name(Stage stage) noexcept;
 struct SpanLabel {
   Stage stage = Stage::section;
   int32_t layer = -1;  // -1: of no layer
-  // Whether a section has this label, or its units have labels of their own (UnitSpan).
+  // Whether a section has this label, or its units have labels of their own (WorkerPool::unit_span).
   enum class Of : uint8_t { section, units } of = Of::section;
 };
 
@@ -81,15 +81,15 @@ inline uint64_t trace_ticks(TraceState state) noexcept {
 void record_span(TraceState state, const Lane &lane, const SpanLabel &label, uint32_t section, uint64_t begin,
                  int64_t units) noexcept;
 
-// A span from construction to destruction.
+// A span from construction to destruction; of a section, or of none (0).
 class SpanScope {
  public:
-  SpanScope(const Lane &lane, const SpanLabel &label, int64_t units) noexcept
-      : lane_(lane), label_(label), units_(units), state_(tracing()) {
+  SpanScope(const Lane &lane, const SpanLabel &label, int64_t units, uint32_t section = 0) noexcept
+      : lane_(lane), label_(label), units_(units), section_(section), state_(tracing()) {
     if (state_ != 0) begin_ = trace_ticks(state_);
   }
   ~SpanScope() {
-    if (state_ != 0) record_span(state_, lane_, label_, 0, begin_, units_);
+    if (state_ != 0) record_span(state_, lane_, label_, section_, begin_, units_);
   }
   SpanScope(const SpanScope &) = delete;
   SpanScope &operator=(const SpanScope &) = delete;
@@ -98,6 +98,7 @@ class SpanScope {
   const Lane lane_;
   const SpanLabel label_;
   const int64_t units_;
+  const uint32_t section_;
   const TraceState state_;
   uint64_t begin_ = 0;
 };

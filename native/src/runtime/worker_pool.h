@@ -70,6 +70,10 @@ class WorkerPool : private ForkListener {
   // calling thread works, and of the calling thread beside the workers.
   Lane submitter_lane() const noexcept { return lane(0, 0); }
   Lane own_lane() const noexcept { return lane(0, Lane::kOwnLane); }
+  // Of one unit of the open section, where units have labels of their own; for the unit itself.
+  SpanScope unit_span(int subpool, int worker, const SpanLabel &label) const noexcept {
+    return {lane(subpool, worker), label, 1, section_};
+  }
 
   // Lets at most `threads` threads of each pool of the process take part in a section, from its next
   // section on; the others sleep. They are spread over the subpools; where there are fewer than subpools,
@@ -89,7 +93,6 @@ class WorkerPool : private ForkListener {
   bool bind_submitter() const noexcept;
 
  private:
-  friend class UnitSpan;
   // One worker's share of the open section, and the line that this worker polls between sections: what opens
   // a section for it brings the share along, and no line is polled or counted down by all.
   //
@@ -172,27 +175,6 @@ class WorkerPool : private ForkListener {
   uint32_t section_ = 0;
   Contention submitter_contention_;
   alignas(kLineBytes) std::atomic<uint32_t> unfinished_slots_{0};  // while the submitter sleeps
-};
-
-// The span of one unit of a section whose units have labels of their own, from construction to destruction.
-class UnitSpan {
- public:
-  UnitSpan(const WorkerPool &pool, int subpool, int worker, const SpanLabel &label) noexcept
-      : pool_(pool), subpool_(subpool), worker_(worker), label_(label), state_(tracing()) {
-    if (state_ != 0) begin_ = trace_ticks(state_);
-  }
-  ~UnitSpan() {
-    if (state_ != 0) record_span(state_, pool_.lane(subpool_, worker_), label_, pool_.section_, begin_, 1);
-  }
-  UnitSpan(const UnitSpan &) = delete;
-  UnitSpan &operator=(const UnitSpan &) = delete;
-
- private:
-  const WorkerPool &pool_;
-  const int subpool_, worker_;
-  const SpanLabel label_;
-  const TraceState state_;
-  uint64_t begin_ = 0;
 };
 
 }  // namespace ktk
