@@ -178,7 +178,7 @@ class RankZeroRunner:
         rank = self.transport.rank
         mine = saved.tokens[rank]
         tokens, device = self._meet(
-            lambda: check_gradient(grad_output, mine, self.hidden_size, self.layer_idx),
+            lambda: self._check_gradient(grad_output, mine),
             grad_output.device,
             _BACKWARD,
             mine,
@@ -220,6 +220,15 @@ class RankZeroRunner:
         gradients.hidden_states = grad_hidden.to(saved.device)
         gradients.expert_weights = grad_weights.to(saved.device)
         return gradients
+
+    def _check_gradient(self, gradient: torch.Tensor, tokens: int) -> None:
+        check_gradient(gradient, tokens, self.hidden_size, self.layer_idx)
+        # The native backward looks too, but cannot tell whose tokens they were.
+        if not torch.isfinite(gradient).all():
+            raise KtkArgumentError(
+                f"the gradient that reaches the experts of layer {self.layer_idx} holds NaN or infinity: the "
+                "loss, or a layer after this one, overflowed. Lower the learning rate, or clip gradients"
+            )
 
     def _zeros(self, lora: Mapping[str, torch.Tensor] | None, base_dtype: torch.dtype | None) -> Gradients:
         empty = torch.empty(0)

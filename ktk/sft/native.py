@@ -97,21 +97,13 @@ def lora_shapes(num_experts: int, hidden: int, inner: int, rank: int) -> dict[st
 
 def check_gradient(gradient: torch.Tensor, tokens: int, hidden: int, layer_idx: int) -> None:
     """Raise `TypeError` or `KtkArgumentError` if a gradient of the output does not fit its forward
-    ``[tokens, hidden]``, or is not finite."""
+    ``[tokens, hidden]``."""
     if not isinstance(gradient, torch.Tensor):
         raise TypeError(f"grad_output must be a torch.Tensor, got {type(gradient).__name__}")
     if tuple(gradient.shape) != (tokens, hidden) or gradient.dtype not in _DTYPE_CODES:
         raise KtkArgumentError(
             f"layer {layer_idx}: the gradient must have the shape [{tokens}, {hidden}] of the output and be "
             f"float32, bfloat16 or float16, got {gradient.dtype} {list(gradient.shape)}"
-        )
-    finite = torch.isfinite(gradient).all(dim=1)
-    if not finite.all():
-        broken = torch.nonzero(~finite).flatten().tolist()
-        raise KtkArgumentError(
-            f"the gradient that reaches the experts of layer {layer_idx} holds NaN or infinity in "
-            f"{len(broken)} of {tokens} tokens, the first of which is token {broken[0]}: the loss, or a "
-            "layer after this one, overflowed. Lower the learning rate, or clip gradients"
         )
 
 
@@ -234,9 +226,6 @@ class TrainableExperts:
         if missing:
             raise KtkArgumentError(f"the adapters lack {', '.join(missing)}; give all of {LORA_NAMES}")
         dtype = _checked_matrices("the adapters", tensors, self.lora_shapes())
-        for name in LORA_NAMES:
-            if not torch.isfinite(tensors[name]).all():
-                raise KtkArgumentError(f"the adapters: {name} holds NaN or infinity")
         sft.set_lora(_DTYPE_CODES[dtype], *(_address(tensors[name]) for name in LORA_NAMES))
         self._lora = {name: tensors[name] for name in LORA_NAMES}
 

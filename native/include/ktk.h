@@ -279,7 +279,8 @@ KTK_API ktk_status ktk_sft_create(const ktk_sft_config *config, ktk_moe *moe, kt
 /* Its contexts can only be destroyed from then on. */
 KTK_API ktk_status ktk_sft_destroy(ktk_sft *sft);
 /* The tensors are kept and read in place by each forward and backward, and nothing made of them outlives the
-   call. Where they change between a forward and its backward, the backward goes by what they hold then. */
+   call. Where they change between a forward and its backward, the backward goes by what they hold then.
+   KTK_ERR_ARGUMENT, and those before stay, if one holds NaN or infinity. */
 KTK_API ktk_status ktk_sft_set_lora(ktk_sft *sft, const ktk_lora_tensors *tensors);
 KTK_API ktk_status ktk_sft_context_create(ktk_sft *sft, const ktk_sft_context_config *config,
                                           ktk_sft_context **context);
@@ -292,7 +293,8 @@ KTK_API ktk_status ktk_sft_context_size(const ktk_sft_context *context, int32_t 
 /* The forward of a new context, with the adapters. Inputs fp32 or bf16; with KTK_POLICY_RECOMPUTE `input`
  * is kept, unchanged, until the backward. */
 KTK_API ktk_status ktk_sft_forward(ktk_sft_context *context, const ktk_forward_args *args);
-/* Once for each context whose forward is done and whose policy allows it; else KTK_ERR_STATE. */
+/* Once for each context whose forward is done and whose policy allows it; else KTK_ERR_STATE. A gradient of
+ * the output that holds NaN or infinity is KTK_ERR_ARGUMENT, and the context can still be used. */
 KTK_API ktk_status ktk_sft_backward(ktk_sft_context *context, const ktk_backward_args *args);
 
 /* ---- task queue ------------------------------------------------------------------------------ */

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "core/status.h"
+#include "engine/finite.h"
 #include "engine/sections.h"
 
 namespace ktk {
@@ -49,22 +50,6 @@ int64_t bytes_of(ktk_part part, const FormatKernels &kernels, const Gemm &gate_u
       return hidden * 4;
   }
   return 0;
-}
-
-// Whether `count` values of `width` bytes, bf16 or fp32, are all finite.
-bool all_finite(const void *values, int64_t count, int64_t width) {
-  for (int64_t i = 0; i < count; i++) {
-    uint32_t bits = 0;
-    if (width == 4) {
-      std::memcpy(&bits, static_cast<const uint8_t *>(values) + i * 4, 4);
-    } else {
-      uint16_t half;
-      std::memcpy(&half, static_cast<const uint8_t *>(values) + i * 2, 2);
-      bits = uint32_t{half} << 16;
-    }
-    if ((bits & 0x7f800000u) == 0x7f800000u) return false;
-  }
-  return true;
 }
 
 }  // namespace
@@ -197,9 +182,10 @@ void ExpertStore::check_values(int32_t expert, ktk_part part, const void *buffer
     return;
   }
   const bool is_scale = part == KTK_PART_GATE_UP_SCALE || part == KTK_PART_DOWN_SCALE;
-  const int64_t width = is_scale ? scale_bytes(gate_up_) : 4;
-  require(all_finite(buffer, static_cast<int64_t>(bytes) / width, width), "layer ", layer_index_, ", expert ",
-          expert, ": the ", kPartNames[part], " holds NaN or infinity; check where it comes from");
+  const int32_t dtype = is_scale && gate_up_.scale_is_bf16 ? KTK_DTYPE_BF16 : KTK_DTYPE_F32;
+  require(all_finite(buffer, static_cast<int64_t>(bytes) / dtype_bytes(dtype), dtype), "layer ", layer_index_,
+          ", expert ", expert, ": the ", kPartNames[part],
+          " holds NaN or infinity; check where it comes from");
 }
 
 void ExpertStore::export_part(int32_t expert, ktk_part part, void *buffer, size_t bytes) const {

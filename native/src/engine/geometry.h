@@ -32,6 +32,9 @@ struct ShardRange {
 // boundary, so that scales do not depend on the number of shards.
 std::vector<ShardRange> split_intermediate(int32_t intermediate_size, int32_t group_columns, int shards);
 
+// Of a KTK_DTYPE.
+constexpr int64_t dtype_bytes(int32_t dtype) { return dtype == KTK_DTYPE_F32 ? 4 : 2; }
+
 constexpr int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
 constexpr int64_t align_up(int64_t value, int64_t alignment) {
   return divide_up(value, alignment) * alignment;

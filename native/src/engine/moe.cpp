@@ -21,8 +21,6 @@ constexpr int64_t kRowsOfWideUnits = 256;  // of an expert, at most; each is loa
 constexpr int64_t kInlineUnits = 1;
 constexpr int64_t kInlineBlocks = 4;
 
-int64_t dtype_bytes(int32_t dtype) { return dtype == KTK_DTYPE_F32 ? 4 : 2; }
-
 ktk_moe_config checked(const ktk_moe_config &config) {
   const auto positive = [&](int32_t value, const char *name) {
     require(value > 0, "layer ", config.layer_index, ": ", name, " must be positive, got ", value);

@@ -1,3 +1,4 @@
+#include "engine/finite.h"
 #include "engine/train_run.h"
 
 namespace ktk {
@@ -39,7 +40,18 @@ void Training::set_lora(const ktk_lora_tensors &tensors) {
         "layer ", layer, ": ", kTensorNames[i], " is not aligned to its ", dtype_bytes(tensors.dtype),
         "-byte values");
   }
-  const std::lock_guard<std::mutex> lock(moe_.context_->pool.forward_mutex());
+  WorkerPool &pool = moe_.context_->pool;
+  const std::lock_guard<std::mutex> lock(pool.forward_mutex());
+  const int64_t rank = config_.lora_rank, hidden = moe_.config().hidden_size,
+                intermediate = moe_.config().intermediate_size;
+  const int64_t sizes[] = {rank * hidden,       intermediate * rank, rank * hidden,
+                           intermediate * rank, rank * intermediate, hidden * rank};
+  for (int i = 0; i < 6; i++) {
+    const BrokenRows broken = broken_rows(pool, {Stage::lora_pack, layer}, pointers[i],
+                                          moe_.config().num_experts, sizes[i], tensors.dtype);
+    require(broken.count == 0, "layer ", layer, ": ", kTensorNames[i],
+            " holds NaN or infinity, first in expert ", broken.first, "; the training has diverged");
+  }
   lora_ = tensors;
 }
 
@@ -224,6 +236,12 @@ void Training::backward(TrainingState &state, const ktk_backward_args &args) con
   require_adapters();
   const SpanScope span(context.pool.own_lane(), {Stage::backward, layer}, state.tokens);
   moe_.require_loaded(state.route);
+  const BrokenRows broken = broken_rows(context.pool, {Stage::grad_input, layer}, args.grad_output,
+                                        state.tokens, config.hidden_size, args.grad_output_dtype);
+  require(broken.count == 0, "the gradient that reaches the experts of layer ", layer,
+          " holds NaN or infinity in ", broken.count, " of ", state.tokens,
+          " tokens, the first of which is token ", broken.first,
+          ": the loss, or a layer after this one, overflowed. Lower the learning rate, or clip gradients");
   // From here on the context is spent, whatever happens.
   struct Release {
     TrainingState &state;

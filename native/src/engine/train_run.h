@@ -22,8 +22,6 @@ constexpr int64_t kTileBytes = 1024;
 constexpr const char *kTensorNames[] = {"gate_lora_a", "gate_lora_b", "up_lora_a",
                                         "up_lora_b",   "down_lora_a", "down_lora_b"};
 
-inline int64_t dtype_bytes(int32_t dtype) { return dtype == KTK_DTYPE_F32 ? 4 : 2; }
-
 inline int32_t rows_of_chunk(int32_t rows, int32_t first, int32_t size) {
   return std::min(rows - first, size);
 }
