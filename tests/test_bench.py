@@ -127,6 +127,21 @@ def test_the_chosen_variant_is_the_best_one(pool: _native.Pool) -> None:
         assert copy.rate() > 0
 
 
+def test_a_variant_that_was_disturbed_is_chosen_later(pool: _native.Pool) -> None:
+    with probes.PeakProbe(pool, "int8", run_s=0.0005) as probe:
+        best = probe.chosen
+        wrong = next(variant for variant in range(len(probe.names)) if variant != best)
+        # As if something else had had the CPUs while the best one was tried.
+        probe.best_of_variant = [0.0] * len(probe.names)
+        probe.best_of_variant[wrong] = 1.0
+        probe._choose()
+        assert probe.chosen == wrong
+        for _ in probe.names:
+            probe.rate()
+        assert probe.chosen != wrong
+        assert probe.best_of_variant[probe.chosen] == max(probe.best_of_variant)
+
+
 def test_last_level_caches_are_added_up(tmp_path: Path) -> None:
     def cache(cpu: int, index: int, level: int, size: str, shared: str) -> None:
         folder = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/cache/index{index}"

@@ -227,6 +227,7 @@ def run(
                                     report["cells"].append({**entry, **cell})
                                     previous = cell if "skipped" not in cell else previous
                                     step(f"{name}, {tokens} tokens")
+                            report["probes"][-1] = _probe_entry(count, read, peaks)
                             report["load_average"]["after"] = list(os.getloadavg())
                             report["ended"] = _utc_now()
                             if on_part is not None:

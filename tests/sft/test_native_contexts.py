@@ -136,9 +136,7 @@ def test_a_gradient_that_is_not_finite_is_refused(
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_adapters_that_are_not_finite_are_not_taken(
-    layer: NativeLayer, dtype: np.dtype[np.generic]
-) -> None:
+def test_adapters_that_are_not_finite_are_not_taken(layer: NativeLayer, dtype: np.dtype[np.generic]) -> None:
     x, ids, weights, _ = batch()
     trainer = NativeTrainer(layer, adapters(dtype=dtype))
     expected, _ = trainer.forward(x, ids, weights)
