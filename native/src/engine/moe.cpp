@@ -139,11 +139,11 @@ void Moe::require_loaded(const Route &route) const {
 
 void Moe::prepare(Batch &batch) const {
   batch.shards.resize(static_cast<size_t>(store_.shard_count()));
-  // Matrix units load each row again for every unit of work that it meets: wide units then, of experts by
-  // turns.
   const int64_t panels = divide_up(config_.hidden_size, kPanelColumns);
-  batch.shared_sums = kernels_.tile_rows > 0 && many_rows(batch.route);
+  batch.shared_sums = many_rows(batch.route);
   if (batch.shared_sums) {
+    // Rows come from a shared cache, or from memory, for every unit of work that they meet: wide units then, of
+    // experts by turns.
     batch.down_panels = std::min<int64_t>(panels, wide_units(batch.route) ? kMostPanels : kMostPanels / 2);
   } else {
     // Decode wants a unit for every worker, prefill wants rows of activations to meet several panels.
@@ -153,7 +153,7 @@ void Moe::prepare(Batch &batch) const {
   place(batch, false);
 }
 
-// Enough rows to fill tiles.
+// Enough rows to fill tiles, and to be worth wide units.
 bool Moe::many_rows(const Route &route) {
   return route.tokens.size() >= static_cast<size_t>(kBlockRows) * route.experts.size();
 }

@@ -104,9 +104,9 @@ void Training::start(Run &run) const {
     run.extra.gate_up_rank = gemm(int64_t{2} * run.even_rank);
     run.extra.down_rank = gemm(run.even_rank);
   }
-  const bool tiles = moe_.kernels_.tile_rows > 0;
-  run.unit_columns = tiles ? 256 : 64;
-  run.shared_sums = run.args != nullptr && tiles && Moe::many_rows(run.route);
+  const bool tiles = moe_.kernels_.tile_rows > 0, many = Moe::many_rows(run.route);
+  run.unit_columns = tiles || many ? 256 : 64;
+  run.shared_sums = run.args != nullptr && many;
   run.token_columns = run.shared_sums ? 256 : tiles ? 128 : 64;
 
   const auto count = static_cast<size_t>(store.shard_count());
