@@ -142,8 +142,8 @@ void Moe::prepare(Batch &batch) const {
   const int64_t panels = divide_up(config_.hidden_size, kPanelColumns);
   batch.shared_sums = many_rows(batch.route);
   if (batch.shared_sums) {
-    // Rows come from a shared cache, or from memory, for every unit of work that they meet: wide units then, of
-    // experts by turns.
+    // Rows come from a shared cache, or from memory, for every unit of work that they meet: wide units then,
+    // of experts by turns.
     batch.down_panels = std::min<int64_t>(panels, wide_units(batch.route) ? kMostPanels : kMostPanels / 2);
   } else {
     // Decode wants a unit for every worker, prefill wants rows of activations to meet several panels.

@@ -1,9 +1,9 @@
 // Gathering, gate and up, and down of a batch with many rows an expert, as one section.
 //
 // Between sections workers wait for the last of them, and gathering waits for memory while the arithmetic
-// units rest. Here each worker takes the next of all units in one order, in which what a unit needs comes so long
-// before it that it is usually done: an expert's rows are gathered while the products of experts before it
-// run, and its down projection follows when its gate and up have been taken by all workers' next units.
+// units rest. Here each worker takes the next of all units in one order, in which what a unit needs comes so
+// long before it that it is usually done: an expert's rows are gathered while the products of experts before
+// it run, and its down projection follows when its gate and up have been taken by all workers' next units.
 #include <algorithm>
 #include <cstring>
 
