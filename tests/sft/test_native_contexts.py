@@ -111,6 +111,27 @@ def test_contexts_live_in_any_number_and_order(layer: NativeLayer) -> None:
         assert_same(saved[index].backward(batches[index][3]), alone[index])
 
 
+def test_a_gradient_beyond_bf16_reaches_that_token_only(isa: str) -> None:
+    rng = np.random.default_rng(6)
+    experts = [make_weights(rng, HIDDEN, INNER) for _ in range(EXPERTS)]
+    x, ids, weights, grad = batch()
+    with pool_of(2) as pool, NativeLayer(pool, experts, BF16_FORMAT, Options(isa=isa)) as made:
+        trainer = NativeTrainer(made, adapters())
+        clean = trainer.forward(x, ids, weights)[1].backward(grad)
+        for value in (3.4e38, -3.4e38):  # finite, and infinity once rounded
+            broken = grad.copy()
+            broken[3, 7] = value
+            found = trainer.forward(x, ids, weights)[1].backward(broken)
+            others = np.arange(BATCH) != 3
+            assert same_bits(found.input[others], clean.input[others])
+            assert same_bits(found.weights[others], clean.weights[others])
+            assert not np.isfinite(found.input[3]).any()
+            for name in ("down_lora_b", "gate_lora_a"):
+                assert not np.isfinite(found.lora[name][ids[3]]).all(), name
+                idle = np.setdiff1d(np.arange(EXPERTS), ids[3])
+                assert same_bits(found.lora[name][idle], clean.lora[name][idle]), name
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, np.dtype(np.float16)], ids=str)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_gradient_that_is_not_finite_is_refused(
