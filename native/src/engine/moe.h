@@ -4,11 +4,11 @@
 //   quantise   each token once
 //   gather     the rows of experts with several tokens, side by side
 //   gate/up    per (expert, 128 intermediate columns, or 256): both projections, activation, requantisation
-//   down       per run of output columns: all experts, weighted and summed in fp32, rounded once; where rows
-//              fill tiles, per (expert, run of output columns), by turns
+//   down       per run of output columns: all experts, weighted and summed in fp32, rounded once; with
+//              many rows, per (expert, run of output columns), by turns
 //
-// Where rows fill tiles, gather, gate/up and down are one section of units that wait for what they need
-// (engine/overlap.cpp).
+// With many rows, 16 an expert and more, gather, gate/up and down are one section of units that wait for what
+// they need (engine/overlap.cpp).
 //
 // With several shards each computes a partial sum over its columns of the intermediate, and a last section
 // adds the parts in the order of the shards.
