@@ -18,6 +18,7 @@ struct NibbleSums {
   typedef typename Ops::A8 Activations;
   KTK_INLINE Sum zero() { return Ops::zero_i(); }
   KTK_INLINE Activations activations(const uint8_t *p) { return Ops::quad_s8(p); }
+  KTK_INLINE Sum first(typename Ops::I nibbles, Activations quad) { return add(zero(), nibbles, quad); }
   KTK_INLINE Sum add(Sum sum, typename Ops::I nibbles, Activations quad) {
     return Ops::dot_u8s8(sum, nibbles, quad);
   }
@@ -32,6 +33,7 @@ struct NibbleSums<Ops, true> {
   typedef typename Ops::I Activations;
   KTK_INLINE Sum zero() { return Ops::zero_quads(); }
   KTK_INLINE Activations activations(const uint8_t *p) { return Ops::quad_u4(p); }
+  KTK_INLINE Sum first(typename Ops::I nibbles, Activations quad) { return Ops::mul_quad(nibbles, quad); }
   KTK_INLINE Sum add(Sum sum, typename Ops::I nibbles, Activations quad) {
     return Ops::add_quad(sum, nibbles, quad);
   }
@@ -82,7 +84,8 @@ struct Int4 {
     for (int r = 0; r < MR; r++) {
       for (int j = 0; j < NT; j++) part[r][j] = Sums::zero();
     }
-    const int quads = rolled(8);
+    constexpr bool kUnrolled = Ops::kUnrollsNibbles;
+    const int quads = kUnrolled ? 8 : rolled(8);
     for (int quad = 0; quad < quads; quad++) {
       typename Ops::I weights[NT];
       for (int j = 0; j < NT; j++) {
@@ -92,7 +95,10 @@ struct Int4 {
       }
       for (int r = 0; r < MR; r++) {
         const auto activations = Sums::activations(rows + r * kStepBytes + quad * 4);
-        for (int j = 0; j < NT; j++) part[r][j] = Sums::add(part[r][j], weights[j], activations);
+        for (int j = 0; j < NT; j++) {
+          part[r][j] = kUnrolled && quad == 0 ? Sums::first(weights[j], activations)
+                                              : Sums::add(part[r][j], weights[j], activations);
+        }
       }
     }
     for (int j = 0; j < NT; j++) {

@@ -46,6 +46,7 @@ struct Avx512Ops {
   static constexpr int32_t kTileRows = 0;
   static constexpr int kExpandedRows = 0;  // bf16 products use their operands as they are
   static constexpr bool kWordSums = true;
+  static constexpr bool kUnrollsNibbles = false;
 
   KTK_INLINE F zero_f() { return _mm512_setzero_ps(); }
   KTK_INLINE F set1_f(float value) { return _mm512_set1_ps(value); }
@@ -182,6 +183,7 @@ struct Avx512Ops {
     __m512i v;
   };
   KTK_INLINE Q zero_quads() { return {_mm512_setzero_si512()}; }
+  KTK_INLINE Q mul_quad(I nibbles, I quad) { return {_mm512_maddubs_epi16(nibbles.v, quad.v)}; }
   KTK_INLINE Q add_quad(Q part, I nibbles, I quad) {
     return {_mm512_add_epi16(part.v, _mm512_maddubs_epi16(nibbles.v, quad.v))};
   }

@@ -39,6 +39,8 @@ struct PortableOps {
   static constexpr int kExpandedRows = 0;  // bf16 products use their operands as they are
   // Whether products of nibbles are summed in 16 bits first, for want of a dot product of bytes.
   static constexpr bool kWordSums = false;
+  // Whether the 8 quads of such a sum are written out, the first without a sum to add to.
+  static constexpr bool kUnrollsNibbles = false;
 
   KTK_INLINE F zero_f() { return F{}; }
   KTK_INLINE F set1_f(float value) { return F{} + value; }
