@@ -175,18 +175,52 @@ static int32_t pack_pairs(const PackPairsArgs *args) {
 
 // ---- the transposed product of a packed projection ----------------------------------------------------
 
+// Where projection `which` of a panel has the tile of an input column.
+template <class Format>
+KTK_INLINE const uint8_t *tile_of_column(const ExpandArgs &args, int panel, int which, int column) {
+  const int64_t tile =
+      ((int64_t)panel * args.gemm->steps + column / Format::kStepColumns) * args.projections + which;
+  return args.tiles + tile * Format::kTileBytes;
+}
+
+// Fetches what `expand` reads, in its order and ahead of it: what it reads of one panel lies apart from what
+// it reads of the next.
+template <class Format>
+struct ExpandAhead {
+  static constexpr int kPieces = Format::kStepColumns / 32;  // of a tile
+  static constexpr int kPiecesAhead = 4;                     // measured: docs/benchmarks/log.md
+  const ExpandArgs &args;
+  int panel = 0, which = 0, column = 0;
+  KTK_MEMBER explicit ExpandAhead(const ExpandArgs &all) : args(all) {
+    for (int i = 0; i < kPiecesAhead; i++) fetch();
+  }
+  KTK_MEMBER void fetch() {
+    if (panel >= args.panels) return;
+    constexpr int kBytes = Format::kTileBytes / kPieces;
+    const int at = args.first_column + column;
+    const uint8_t *lines = tile_of_column<Format>(args, panel, which, at) + at / 32 % kPieces * kBytes;
+    for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(lines + line, 0, 3);
+    column += 32;
+    if (column < args.columns) return;
+    column = 0;
+    which++;
+    if (which < args.projections) return;
+    which = 0;
+    panel++;
+  }
+};
+
 // A tile of 16 outputs and 32 inputs, [16 pairs of inputs][16 outputs][2], becomes the halves of two tiles of
 // 16 inputs and 32 outputs each: 8 pairs of outputs.
 template <class Ops, class Format>
 static void expand(const ExpandArgs *args) {
   const Gemm &gemm = *args->gemm;
   const int projections = args->projections;
-  const int64_t panel_bytes = (int64_t)gemm.steps * projections * Format::kTileBytes;
   const int64_t group_scales = projections * kPanelColumns;
   const int steps = (args->panels + 1) / 2 * projections;
   const int64_t out_panel_bytes = (int64_t)steps * Bf16::kTileBytes;
   const bool grouped = gemm.scale_is_bf16 != 0;
-  constexpr int kPieces = Format::kStepColumns / 32;
+  ExpandAhead<Format> ahead(*args);
   for (int panel = 0; panel < (args->panels + 1) / 2 * 2; panel++) {
     for (int which = 0; which < projections; which++) {
       const int out_step = panel / 2 * projections + which;
@@ -200,10 +234,9 @@ static void expand(const ExpandArgs *args) {
           if (second) __builtin_memset(to + out_panel_bytes, 0, 512);
           continue;
         }
-        const uint8_t *tile =
-            args->tiles + panel * panel_bytes +
-            ((int64_t)(column / Format::kStepColumns) * projections + which) * Format::kTileBytes;
-        const int piece = column / 32 % kPieces;
+        ahead.fetch();
+        const uint8_t *tile = tile_of_column<Format>(*args, panel, which, column);
+        const int piece = column / 32 % ExpandAhead<Format>::kPieces;
         alignas(64) uint8_t words[1024];
         const uint8_t *pairs = tile;
         if constexpr (Format::kScaledToBf16) {
