@@ -16,15 +16,15 @@ struct Bf16 {
   // The smallest fp32 magnitude that has no finite bf16.
   static constexpr int32_t kRoundsToInfinity = 0x7f7f8000;
 
-  template <class Ops, int NT, int MR>
+  template <class Ops, int NT, int MR, class Ahead>
   KTK_INLINE void step(typename Ops::F (&sum)[MR][NT], const uint8_t *rows, const uint8_t *tiles,
-                       int64_t tile_stride_bytes, int64_t ahead_bytes) {
+                       int64_t tile_stride_bytes, const Ahead &ahead) {
     const int pairs = rolled(16);
     for (int pair = 0; pair < pairs; pair++) {
       typename Ops::WB weights[NT];
       for (int j = 0; j < NT; j++) {
         const uint8_t *line = tiles + j * tile_stride_bytes + pair * 64;
-        fetch_ahead(line, ahead_bytes);
+        ahead.fetch(line);
         weights[j] = Ops::split_bf16(line);
       }
       for (int r = 0; r < MR; r++) {

@@ -8,8 +8,8 @@
 //   kFactors         groups of columns have integer factors under one scale a row (integer formats)
 //   kScaledToBf16    weights that turn into a bf16 tile as they are read; kStepsOfScale steps share a scale
 //   kZeroPoint       integer formats: the byte that means 0
-//   step             adds one step of MR activation rows (64 bytes apart) times NT tiles, and fetches
-//                    what lies ahead_bytes behind each line it reads; not where tiles turn into bf16
+//   step             adds one step of MR activation rows (64 bytes apart) times NT tiles, and tells
+//                    `ahead` of each line that it reads; not where tiles turn into bf16
 //   kSumsNibbles     with factors: whether steps of MR rows take off what stands for 0 by themselves
 //   kMultiply        the multiplication of its products, for probes
 //   kExpands         whether a tile must be expanded to be a matrix-unit operand
@@ -38,13 +38,24 @@ struct StepFactors {
   }
 };
 
-// What lies `ahead_bytes` behind a line that is being read; 0: left to the processor.
-KTK_INLINE void fetch_ahead(const uint8_t *line, int64_t ahead_bytes) {
-  if (ahead_bytes > 0) __builtin_prefetch(line + ahead_bytes, 0, 3);
-}
+// What is fetched with each line of a tile that is read. ReadAhead: what lies `kBytes` behind it; 0: that is
+// left to the processor. NextPair: the same line of the next pair of tiles, `bytes` behind it, into the
+// second level; 0: the line itself, which costs less than to ask.
+template <int64_t kBytes>
+struct ReadAhead {
+  KTK_MEMBER void fetch(const uint8_t *line) const {
+    if constexpr (kBytes > 0) __builtin_prefetch(line + kBytes, 0, 3);
+  }
+};
+struct NextPair {
+  int64_t bytes;
+  KTK_MEMBER void fetch(const uint8_t *line) const { __builtin_prefetch(line + bytes, 0, 2); }
+};
+
 template <class Format>
 KTK_INLINE void fetch_tile_ahead(const uint8_t *tile, int64_t ahead_bytes) {
-  for (int line = 0; line < Format::kTileBytes; line += 64) fetch_ahead(tile + line, ahead_bytes);
+  for (int line = 0; ahead_bytes > 0 && line < Format::kTileBytes; line += 64)
+    __builtin_prefetch(tile + line + ahead_bytes, 0, 3);
 }
 
 constexpr int kFactorBytes = 2 * kPanelColumns;  // of a group in a panel

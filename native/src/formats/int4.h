@@ -75,9 +75,9 @@ struct Int4 {
   }
 
   // Half a step: sums of nibbles, which meet their group's multiplier afterwards.
-  template <class Ops, int NT, int MR, bool High>
+  template <class Ops, int NT, int MR, bool High, class Ahead>
   KTK_INLINE void add_nibbles(typename Ops::I (&sum)[MR][NT], const uint8_t *rows, const uint8_t *tiles,
-                              int64_t tile_stride_bytes, int64_t ahead_bytes, const uint8_t *factors,
+                              int64_t tile_stride_bytes, const Ahead &ahead, const uint8_t *factors,
                               int64_t factor_stride_bytes) {
     typedef NibbleSums<Ops> Sums;
     typename Sums::Sum part[MR][NT];
@@ -90,7 +90,7 @@ struct Int4 {
       typename Ops::I weights[NT];
       for (int j = 0; j < NT; j++) {
         const uint8_t *line = tiles + j * tile_stride_bytes + quad * 64;
-        if (!High) fetch_ahead(line, ahead_bytes);
+        if (!High) ahead.fetch(line);
         weights[j] = nibbles<Ops, High>(line);
       }
       for (int r = 0; r < MR; r++) {
@@ -108,13 +108,12 @@ struct Int4 {
   }
 
   // A step of nibbles. Offsets, less what stands for 0, meet the sums of the rows' columns.
-  template <class Ops, int NT, int MR>
+  template <class Ops, int NT, int MR, class Ahead>
   KTK_INLINE void add_nibbles(typename Ops::I (&sum)[MR][NT], const uint8_t *rows, const uint8_t *tiles,
-                              int64_t tile_stride_bytes, int64_t ahead_bytes, const StepFactors &factors) {
+                              int64_t tile_stride_bytes, const Ahead &ahead, const StepFactors &factors) {
     const int64_t stride = factors.tile_stride_bytes;
-    add_nibbles<Ops, NT, MR, false>(sum, rows, tiles, tile_stride_bytes, ahead_bytes, factors.low, stride);
-    add_nibbles<Ops, NT, MR, true>(sum, rows + 32, tiles, tile_stride_bytes, ahead_bytes, factors.high,
-                                   stride);
+    add_nibbles<Ops, NT, MR, false>(sum, rows, tiles, tile_stride_bytes, ahead, factors.low, stride);
+    add_nibbles<Ops, NT, MR, true>(sum, rows + 32, tiles, tile_stride_bytes, ahead, factors.high, stride);
     for (int j = 0; j < NT; j++) {
       const typename Ops::I low = Ops::load_u8(factors.low + j * stride + kPanelColumns);
       const typename Ops::I high = Ops::load_u8(factors.high + j * stride + kPanelColumns);
@@ -128,9 +127,9 @@ struct Int4 {
   }
 
   // A step of bytes: rows enough share what it takes to make them of nibbles.
-  template <class Ops, int NT, int MR>
+  template <class Ops, int NT, int MR, class Ahead>
   KTK_INLINE void add_bytes(typename Ops::I (&sum)[MR][NT], const uint8_t *rows, const uint8_t *tiles,
-                            int64_t tile_stride_bytes, int64_t ahead_bytes, const StepFactors &factors) {
+                            int64_t tile_stride_bytes, const Ahead &ahead, const StepFactors &factors) {
     Bytes<Ops> low[NT], high[NT];
     for (int j = 0; j < NT; j++) {
       low[j] = Bytes<Ops>::of_group(factors.low + j * factors.tile_stride_bytes);
@@ -141,7 +140,7 @@ struct Int4 {
       typename Ops::W8 low_weights[NT], high_weights[NT];
       for (int j = 0; j < NT; j++) {
         const uint8_t *line = tiles + j * tile_stride_bytes + quad * 64;
-        fetch_ahead(line, ahead_bytes);
+        ahead.fetch(line);
         low_weights[j] = low[j].of(nibbles<Ops, false>(line));
         high_weights[j] = high[j].of(nibbles<Ops, true>(line));
       }
@@ -160,14 +159,14 @@ struct Int4 {
   template <class Ops, int MR>
   static constexpr bool kSumsNibbles = Ops::kWordSums || MR <= 4;
 
-  template <class Ops, int NT, int MR, int Halves>
+  template <class Ops, int NT, int MR, int Halves, class Ahead>
   KTK_INLINE void step(typename Ops::I (&sum)[Halves][MR][NT], const uint8_t *rows, const uint8_t *tiles,
-                       int64_t tile_stride_bytes, int64_t ahead_bytes, const StepFactors &factors) {
+                       int64_t tile_stride_bytes, const Ahead &ahead, const StepFactors &factors) {
     static_assert(Halves == 1, "a scale covers a row, or 128 columns of it");
     if constexpr (kSumsNibbles<Ops, MR>) {
-      add_nibbles<Ops, NT, MR>(sum[0], rows, tiles, tile_stride_bytes, ahead_bytes, factors);
+      add_nibbles<Ops, NT, MR>(sum[0], rows, tiles, tile_stride_bytes, ahead, factors);
     } else {
-      add_bytes<Ops, NT, MR>(sum[0], rows, tiles, tile_stride_bytes, ahead_bytes, factors);
+      add_bytes<Ops, NT, MR>(sum[0], rows, tiles, tile_stride_bytes, ahead, factors);
     }
   }
 

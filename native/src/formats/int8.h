@@ -17,14 +17,14 @@ struct Int8 {
   static constexpr int kZeroPoint = 128;
   static constexpr Multiply kMultiply = Multiply::byte;
 
-  template <class Ops, int NT, int MR>
+  template <class Ops, int NT, int MR, class Ahead>
   KTK_INLINE void quads(typename Ops::I (&sum)[MR][NT], const uint8_t *rows, const uint8_t *tiles,
-                        int64_t tile_stride_bytes, int64_t ahead_bytes, int first, int last) {
+                        int64_t tile_stride_bytes, const Ahead &ahead, int first, int last) {
     for (int quad = first; quad < last; quad++) {
       typename Ops::W8 weights[NT];
       for (int j = 0; j < NT; j++) {
         const uint8_t *line = tiles + j * tile_stride_bytes + quad * 64;
-        fetch_ahead(line, ahead_bytes);
+        ahead.fetch(line);
         weights[j] = Ops::split_u8(line);
       }
       for (int r = 0; r < MR; r++) {
@@ -34,13 +34,13 @@ struct Int8 {
     }
   }
 
-  template <class Ops, int NT, int MR, int Halves>
+  template <class Ops, int NT, int MR, int Halves, class Ahead>
   KTK_INLINE void step(typename Ops::I (&sum)[Halves][MR][NT], const uint8_t *rows, const uint8_t *tiles,
-                       int64_t tile_stride_bytes, int64_t ahead_bytes, const StepFactors &) {
+                       int64_t tile_stride_bytes, const Ahead &ahead, const StepFactors &) {
     const int half = rolled(16 / Halves);
-    quads<Ops, NT, MR>(sum[0], rows, tiles, tile_stride_bytes, ahead_bytes, 0, half);
+    quads<Ops, NT, MR>(sum[0], rows, tiles, tile_stride_bytes, ahead, 0, half);
     if constexpr (Halves == 2)
-      quads<Ops, NT, MR>(sum[1], rows, tiles, tile_stride_bytes, ahead_bytes, 8, rolled(16));
+      quads<Ops, NT, MR>(sum[1], rows, tiles, tile_stride_bytes, ahead, 8, rolled(16));
   }
 
   // Columns 2 `pair` and 2 `pair` + 1 of the 16 rows, before the scale.

@@ -73,6 +73,15 @@ KTK_INLINE void pair_product(const Product &p, int count, int first, int last, f
   }
 }
 
+// Where the last block of rows ends that is slow enough for memory to keep up with: a whole one, or nearly.
+// The first rows of all do not count, which wait for memory themselves.
+KTK_INLINE int last_whole_block(int first, int last) {
+  constexpr int kNearlyWhole = 13;
+  const int whole = (last - first) / kBlockRows * kBlockRows;
+  if (whole > 0) return first + whole;
+  return last - first >= kNearlyWhole ? last : -1;
+}
+
 // A pair of tiles that turn into bf16 ones, a few steps at a time.
 template <class Ops, class Format>
 static void scaled_pair(const Product &p, int count, int first, int last, float *out) {
@@ -83,6 +92,7 @@ static void scaled_pair(const Product &p, int count, int first, int last, float 
   part.tile_stride_bytes = kSteps * Bf16::kTileBytes;
   part.step_stride_bytes = Bf16::kTileBytes;
   part.in_cache = true;
+  part.fetch_row = -1;
   for (int step0 = 0; step0 < p.gemm->steps; step0 += kSteps) {
     part.first_step = step0;
     part.step_stop = step0 + kSteps;
@@ -131,8 +141,12 @@ KTK_INLINE void product(const Product &p, bool tiles, int tile_count, int first,
   (void)tiles;
 #endif
   for (int tile = 0; tile < tile_count; tile += 2) {
-    const Product pair = p.from_tile(tile);
+    Product pair = p.from_tile(tile);
     const int count = least(tile_count - tile, 2);
+    if (tile + 4 <= tile_count) {
+      pair.next_bytes = p.pair_stride_bytes;
+      pair.fetch_row = last_whole_block(first, last);
+    }
     const int rows = expands_weights<Ops, Format>(last - first) ? last - first : kGroupRows;
     for (int group = first; group < last; group += rows) {
       const int stop = least(group + rows, last);

@@ -33,6 +33,9 @@ struct Product {
   int32_t row_count;
   bool accumulate = false;  // adds to what the output holds
   bool in_cache = false;    // the tiles are
+  // The block of rows that ends before `fetch_row` fetches the next pair, `next_bytes` behind this one.
+  int32_t fetch_row = -1;
+  int64_t next_bytes = 0;
   // Steps of K, to which `tiles` belongs; by default all.
   int32_t first_step = 0, step_stop = INT32_MAX;
 
@@ -134,6 +137,18 @@ KTK_INLINE void each_run(Use use) {
   if constexpr (NT > Run) use(Run);
 }
 
+// What the rows that end before `stop` fetch with the weights that they meet.
+template <class Ops, class Format, bool First>
+KTK_INLINE auto ahead_of(const Product &p, int stop) {
+  if constexpr (First) {
+    return ReadAhead<Ops::template kReadAheadBytes<Format>>();
+  } else if constexpr (Ops::kFetchesNextPair) {
+    return NextPair{stop == p.fetch_row ? p.next_bytes : 0};
+  } else {
+    return ReadAhead<0>();
+  }
+}
+
 // Whether a format takes off what stands for 0 by itself.
 template <class Ops, class Format, int MR>
 constexpr bool sums_nibbles() {
@@ -157,7 +172,7 @@ static void integer_rows(const Product &p, const RowAddress address, int row, fl
   }
   const uint8_t *rows = address.data;
   const uint8_t *tiles = p.tiles;
-  const int64_t ahead_bytes = First ? Ops::template kReadAheadBytes<Format> : 0;
+  const auto ahead = ahead_of<Ops, Format, First>(p, row + MR);
   const int32_t *row_sums = p.rows.sum + (int64_t)row * gemm.sums;
   for (int step = 0, segment = 0; step < gemm.steps; segment += Halves) {
     typename Ops::I sum[NT / kRun][Halves][MR][kRun];
@@ -183,7 +198,7 @@ static void integer_rows(const Product &p, const RowAddress address, int row, fl
       each_run<NT, kRun>([&](int tile) __attribute__((always_inline)) {
         Format::template step<Ops, kRun, MR, Halves>(sum[tile / kRun], rows,
                                                      tiles + tile * p.tile_stride_bytes, p.tile_stride_bytes,
-                                                     ahead_bytes, factors.from_tile(tile));
+                                                     ahead, factors.from_tile(tile));
       });
       rows += address.step_stride_bytes;
       tiles += p.step_stride_bytes;
@@ -207,7 +222,7 @@ static void integer_rows(const Product &p, const RowAddress address, int row, fl
 }
 
 template <class Ops, class Format, int NT, int MR, bool First>
-static void float_rows(const Product &p, const RowAddress address, float *out, int out_stride) {
+static void float_rows(const Product &p, const RowAddress address, int row, float *out, int out_stride) {
   constexpr int kRun = kTilesOfRun<Ops, Format, NT, First>;
   typename Ops::F sum[NT / kRun][MR][kRun];
   for (int r = 0; r < MR; r++) {
@@ -218,11 +233,11 @@ static void float_rows(const Product &p, const RowAddress address, float *out, i
   }
   const uint8_t *rows = address.data + p.first_step * address.step_stride_bytes;
   const uint8_t *tiles = p.tiles;
-  const int64_t ahead_bytes = First ? Ops::template kReadAheadBytes<Format> : 0;
+  const auto ahead = ahead_of<Ops, Format, First>(p, row + MR);
   for (int step = p.first_step; step < p.last_step(); step++) {
     each_run<NT, kRun>([&](int tile) __attribute__((always_inline)) {
       Format::template step<Ops, kRun, MR>(sum[tile / kRun], rows, tiles + tile * p.tile_stride_bytes,
-                                           p.tile_stride_bytes, ahead_bytes);
+                                           p.tile_stride_bytes, ahead);
     });
     rows += address.step_stride_bytes;
     tiles += p.step_stride_bytes;
@@ -250,7 +265,7 @@ template <class Ops, class Format, int NT, int MR, bool First>
 KTK_INLINE void vector_rows(const Product &p, int row, float *out, int out_stride) {
   const RowAddress address = row_address(p.rows.data, *p.gemm, p.row_count, row);
   if constexpr (!Format::kInteger) {
-    float_rows<Ops, Format, NT, MR, First>(p, address, out, out_stride);
+    float_rows<Ops, Format, NT, MR, First>(p, address, row, out, out_stride);
   } else if constexpr (Format::kFactors) {
     integer_rows<Ops, Format, NT, MR, 1, First>(p, address, row, out, out_stride);
   } else if (p.gemm->halves == 2) {

@@ -48,6 +48,7 @@ struct Avx2Ops {
   static constexpr bool kWordSums = true;
   // 4 rows leave the sums their registers, and then an eighth of the additions goes.
   static constexpr bool kUnrollsNibbles = true;
+  static constexpr bool kFetchesNextPair = false;
 
   // Rows side by side of bf16 products whose weights are split into fp32 first, and how many rows that takes
   // to pay: 2 rows by 2 tiles take 8 registers of sums, 4 of weights and 2 of activations. 3 rows would fill

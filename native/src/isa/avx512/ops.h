@@ -47,6 +47,7 @@ struct Avx512Ops {
   static constexpr int kExpandedRows = 0;  // bf16 products use their operands as they are
   static constexpr bool kWordSums = true;
   static constexpr bool kUnrollsNibbles = false;
+  static constexpr bool kFetchesNextPair = true;
 
   KTK_INLINE F zero_f() { return _mm512_setzero_ps(); }
   KTK_INLINE F set1_f(float value) { return _mm512_set1_ps(value); }

@@ -41,6 +41,8 @@ struct PortableOps {
   static constexpr bool kWordSums = false;
   // Whether the 8 quads of such a sum are written out, the first without a sum to add to.
   static constexpr bool kUnrollsNibbles = false;
+  // Whether the last rows that meet a pair of tiles fetch the next one meanwhile.
+  static constexpr bool kFetchesNextPair = false;
 
   KTK_INLINE F zero_f() { return F{}; }
   KTK_INLINE F set1_f(float value) { return F{} + value; }
