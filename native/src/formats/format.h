@@ -52,10 +52,13 @@ struct NextPair {
   KTK_MEMBER void fetch(const uint8_t *line) const { __builtin_prefetch(line + bytes, 0, 2); }
 };
 
-template <class Format>
-KTK_INLINE void fetch_tile_ahead(const uint8_t *tile, int64_t ahead_bytes) {
-  for (int line = 0; ahead_bytes > 0 && line < Format::kTileBytes; line += 64)
-    __builtin_prefetch(tile + line + ahead_bytes, 0, 3);
+template <int kBytes>
+KTK_INLINE void fetch_lines(const uint8_t *data) {
+  for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(data + line, 0, 3);
+}
+template <class Format, int64_t kAheadBytes>
+KTK_INLINE void fetch_tile_ahead(const uint8_t *tile) {
+  if constexpr (kAheadBytes > 0) fetch_lines<Format::kTileBytes>(tile + kAheadBytes);
 }
 
 constexpr int kFactorBytes = 2 * kPanelColumns;  // of a group in a panel

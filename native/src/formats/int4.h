@@ -18,7 +18,6 @@ struct NibbleSums {
   typedef typename Ops::A8 Activations;
   KTK_INLINE Sum zero() { return Ops::zero_i(); }
   KTK_INLINE Activations activations(const uint8_t *p) { return Ops::quad_s8(p); }
-  KTK_INLINE Sum first(typename Ops::I nibbles, Activations quad) { return add(zero(), nibbles, quad); }
   KTK_INLINE Sum add(Sum sum, typename Ops::I nibbles, Activations quad) {
     return Ops::dot_u8s8(sum, nibbles, quad);
   }
@@ -84,7 +83,7 @@ struct Int4 {
     for (int r = 0; r < MR; r++) {
       for (int j = 0; j < NT; j++) part[r][j] = Sums::zero();
     }
-    constexpr bool kUnrolled = Ops::kUnrollsNibbles;
+    constexpr bool kUnrolled = Ops::kWordSums && Ops::kUnrollsNibbles;
     const int quads = kUnrolled ? 8 : rolled(8);
     for (int quad = 0; quad < quads; quad++) {
       typename Ops::I weights[NT];
@@ -96,8 +95,13 @@ struct Int4 {
       for (int r = 0; r < MR; r++) {
         const auto activations = Sums::activations(rows + r * kStepBytes + quad * 4);
         for (int j = 0; j < NT; j++) {
-          part[r][j] = kUnrolled && quad == 0 ? Sums::first(weights[j], activations)
-                                              : Sums::add(part[r][j], weights[j], activations);
+          if constexpr (kUnrolled) {
+            if (quad == 0) {
+              part[r][j] = Sums::first(weights[j], activations);
+              continue;
+            }
+          }
+          part[r][j] = Sums::add(part[r][j], weights[j], activations);
         }
       }
     }

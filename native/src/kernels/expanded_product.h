@@ -56,7 +56,7 @@ static void expanded_product(const Product &p, int first, int last, float *out) 
       for (int j = 0; j < NT; j++) {
         const uint8_t *tile =
             p.tiles + j * p.tile_stride_bytes + (step0 - p.first_step + s) * p.step_stride_bytes;
-        if (!p.in_cache) fetch_tile_ahead<Bf16>(tile, Ops::template kReadAheadBytes<Bf16>);
+        if (!p.in_cache) fetch_tile_ahead<Bf16, Ops::template kReadAheadBytes<Bf16>>(tile);
         for (int pair = 0; pair < 16; pair++) {
           const typename Ops::WB split = Ops::split_bf16(tile + pair * 64);
           Ops::store_f(to + (2 * NT * pair + j) * kPanelColumns, split.even);

@@ -100,7 +100,7 @@ static void scaled_pair(const Product &p, int count, int first, int last, float 
     for (int j = 0; j < count; j++) {
       for (int step = step0; step < part.last_step(); step++) {
         const uint8_t *tile = p.tiles + step * p.step_stride_bytes + p.tile_offset_bytes(j);
-        fetch_tile_ahead<Format>(tile, Ops::template kReadAheadBytes<Format>);
+        fetch_tile_ahead<Format, Ops::template kReadAheadBytes<Format>>(tile);
         expand_tile<Ops, Format>(p, step, j, expanded[j][step - step0]);
       }
     }

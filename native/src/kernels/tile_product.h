@@ -35,10 +35,6 @@ constexpr int kSumTileFloats = kBlockRows * kPanelColumns;
 // Most segments that end within a block of K: halves of steps.
 constexpr int kBlockSegments = 2 * kTileBlockSteps;
 
-KTK_INLINE void prefetch_near(const uint8_t *tile) {
-  for (int line = 0; line < 16; line++) __builtin_prefetch(tile + line * 64, 0, 3);
-}
-
 // What the rows of a pass multiply exact sums with in each segment of a block of K, and what those start
 // from.
 struct SegmentRows {
@@ -372,7 +368,7 @@ static void tile_block(const Product &p, TileState &state, int tile_count, int t
 #define KTK_STORE_SUM(j) KTK_TILE_STORE(file, j, target + (j) * kSumTileFloats, 64)
 #define KTK_MULTIPLY(j)                                                  \
   do {                                                                   \
-    prefetch_near(weights[j] + step * p.step_stride_bytes + kAhead);     \
+    fetch_lines<1024>(weights[j] + step * p.step_stride_bytes + kAhead); \
     KTK_TILE_LOAD(file, 5, weights[j] + step * p.step_stride_bytes, 64); \
     KTK_TILE_DOT(file, j, 6, 5);                                         \
   } while (0)

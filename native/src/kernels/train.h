@@ -199,7 +199,7 @@ struct ExpandAhead {
     constexpr int kBytes = Format::kTileBytes / kPieces;
     const int at = args.first_column + column;
     const uint8_t *lines = tile_of_column<Format>(args, panel, which, at) + at / 32 % kPieces * kBytes;
-    for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(lines + line, 0, 3);
+    fetch_lines<kBytes>(lines);
     column += 32;
     if (column < args.columns) return;
     column = 0;

@@ -275,20 +275,17 @@ struct Avx2Ops {
   KTK_INLINE I add_quads(I sum, Q part, I words) {
     return add_i(sum, {_mm256_madd_epi16(part.low, words.low), _mm256_madd_epi16(part.high, words.high)});
   }
-  KTK_INLINE I bytes_of(const uint8_t *p) {
+  // 16 bytes, each in the four bytes of its lane but those whose bits are set in `zeros`.
+  KTK_INLINE I spread(const uint8_t *p, __m256i zeros) {
     const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
     const __m256i low = _mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5,
                                          5, 6, 6, 6, 6, 7, 7, 7, 7);
     const __m256i high = _mm256_add_epi8(low, _mm256_set1_epi8(8));
-    return {_mm256_shuffle_epi8(bytes, low), _mm256_shuffle_epi8(bytes, high)};
+    return {_mm256_shuffle_epi8(bytes, _mm256_or_si256(low, zeros)),
+            _mm256_shuffle_epi8(bytes, _mm256_or_si256(high, zeros))};
   }
-  KTK_INLINE I words_of(const uint8_t *p) {
-    const __m256i bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
-    const __m256i low = _mm256_setr_epi8(0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3, -1, 4, -1, 4, -1,
-                                         5, -1, 5, -1, 6, -1, 6, -1, 7, -1, 7, -1);
-    const __m256i high = _mm256_add_epi16(low, _mm256_set1_epi16(8));
-    return {_mm256_shuffle_epi8(bytes, low), _mm256_shuffle_epi8(bytes, high)};
-  }
+  KTK_INLINE I bytes_of(const uint8_t *p) { return spread(p, _mm256_setzero_si256()); }
+  KTK_INLINE I words_of(const uint8_t *p) { return spread(p, _mm256_set1_epi16((int16_t)0xff00)); }
 
   KTK_INLINE WB split_bf16(const uint8_t *tile_row) {
     const I pairs = load_i(tile_row);

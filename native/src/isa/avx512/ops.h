@@ -184,7 +184,6 @@ struct Avx512Ops {
     __m512i v;
   };
   KTK_INLINE Q zero_quads() { return {_mm512_setzero_si512()}; }
-  KTK_INLINE Q mul_quad(I nibbles, I quad) { return {_mm512_maddubs_epi16(nibbles.v, quad.v)}; }
   KTK_INLINE Q add_quad(Q part, I nibbles, I quad) {
     return {_mm512_add_epi16(part.v, _mm512_maddubs_epi16(nibbles.v, quad.v))};
   }
